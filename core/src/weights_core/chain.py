@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask the planned providers in order until one serves; the rules of fallback live here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from weights_core.errors import (
+    Declined,
+    EngineError,
+    LoadFailed,
+    NoProviderError,
+    PluginContractError,
+)
+from weights_core.report import Attempt
+from weights_core.types import Role
+
+if TYPE_CHECKING:
+    from weights_core.engine import Engine
+    from weights_core.hooks import Hooks
+    from weights_core.ranks import Ranks
+    from weights_core.types import LoadRequest, Plan
+    from weights_core.weightset import WeightSet
+
+
+@attrs.frozen(eq=False)
+class Provided:
+    """A set, who provided it, and who is to be asked if it fails."""
+
+    provider: str
+    weights: WeightSet
+    rest: tuple[str, ...]
+
+
+class Chain:
+    """The providers of one plan. `attempts` records everyone asked and what came of it."""
+
+    def __init__(self, hooks: Hooks, plan: Plan, request: LoadRequest, engine: Engine, ranks: Ranks) -> None:
+        self._hooks = hooks
+        self._plan = plan
+        self._request = request
+        self._engine = engine
+        self._ranks = ranks
+        self.attempts: list[Attempt] = []
+
+    def open(self, names: Sequence[str]) -> Provided:
+        """Return the set of the first of `names` that serves on every rank.
+
+        Raises:
+            NoProviderError: none does; `reasons` says why.
+            WeightsError: one failed in a way that ends the load.
+        """
+        reasons: dict[str, str] = {}
+        for index, name in enumerate(names):
+            rest = tuple(names[index + 1 :])
+            weights, error = self._ask(name, rest)
+            if self._ranks.agree("load", name, error) and weights is not None:
+                self._record(name, "provided the weights")
+                return Provided(name, weights, rest)
+            reasons[name] = self.give_up(name, weights, error, mutated=_wrote(weights, error))
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise NoProviderError(f"no provider could serve: {listed or 'none is left'}", reasons=reasons)
+
+    def give_up(self, name: str, weights: WeightSet | None, error: Exception | None, *, mutated: bool) -> str:
+        """Close what `name` provided and bring the engine back, on every rank, before the next.
+
+        Returns the reason that was recorded.
+
+        Raises:
+            EngineError: the engine was written to and cannot be re-initialised.
+        """
+        reason = str(error) if error is not None else "another rank was not served"
+        self._record(name, "declined" if isinstance(error, Declined) else "failed", reason)
+        if weights is not None:
+            weights.close()
+        stuck: EngineError | None = None
+        if mutated:
+            try:
+                self._engine.reinit()
+            except EngineError as exc:
+                stuck = exc
+                stuck.add_note(f"{name} had failed after writing into the engine: {reason}")
+                stuck.__cause__ = error
+        self._ranks.agree("recovery", name, stuck)
+        return reason
+
+    def _ask(self, name: str, rest: tuple[str, ...]) -> tuple[WeightSet | None, Exception | None]:
+        wrappers = () if name == self._plan.owner else self._plan.wrappers
+        below = _Below(self, rest)
+        try:
+            weights = self._hooks.load_weights(name, wrappers, self._request, self._engine, below)
+            self._check(name, weights)
+        except Exception as exc:  # noqa: BLE001 - `Ranks.agree` raises it once the other ranks know
+            return None, exc
+        return weights, None
+
+    def _check(self, name: str, weights: WeightSet) -> None:
+        accepts = self._request.engine.accepts
+        if weights.layout not in accepts:
+            raise PluginContractError(
+                f"returned weights in the layout {weights.layout.value}, engine {self._request.engine.name} "
+                f"accepts {', '.join(sorted(layout.value for layout in accepts))}"
+            ).stamp(
+                plugin=name,
+                distribution=self._hooks.plugins[name].origin,
+                hook="load_weights",
+                rank=self._request.rank,
+            )
+
+    def _record(self, name: str, result: str, reason: str = "") -> None:
+        origin = self._hooks.plugins[name].origin
+        self.attempts.append(Attempt(plugin=name, distribution=origin, result=result, reason=reason))
+
+    def is_owner(self, name: str) -> bool:
+        """Whether `name` decides where the weights live."""
+        return any(d.plugin == name and Role.OWNER in d.roles for d in self._plan.decisions)
+
+
+class _Below:
+    """The `source` that a provider is handed: the providers after it."""
+
+    def __init__(self, chain: Chain, names: tuple[str, ...]) -> None:
+        self._chain = chain
+        self._names = names
+
+    def open(self) -> WeightSet:
+        return self._chain.open(self._names).weights
+
+
+def _wrote(weights: WeightSet | None, error: Exception | None) -> bool:
+    if isinstance(error, LoadFailed):
+        return error.mutated
+    return weights is not None and weights.in_place

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files make up a checkpoint, decided from names and the index alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import attrs
+
+from weights_core.errors import CheckpointError
+
+Kind: TypeAlias = Literal["safetensors", "torch"]
+
+PIPELINE_INDEX = "model_index.json"
+
+_SUFFIXES: dict[Kind, tuple[str, ...]] = {"safetensors": (".safetensors",), "torch": (".bin", ".pt", ".pth")}
+_INDEXES: dict[Kind, str] = {"safetensors": ".safetensors.index.json", "torch": ".bin.index.json"}
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)$")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointFiles:
+    """The files of one checkpoint, in name order, before any of them is opened.
+
+    `weight_map` is the index's tensor name → file name, if there is an index. `notes` says what
+    was passed over.
+    """
+
+    root: Path
+    kind: Kind
+    files: tuple[Path, ...]
+    index: Path | None = None
+    weight_map: Mapping[str, str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find(path: Path, component: str | None = None, is_pipeline: bool | None = None) -> CheckpointFiles:
+    """Find the files of the checkpoint at `path`: a folder, a weights file, or an index.
+
+    An index decides; else all numbered or plain `.safetensors` files; `.bin`, `.pt` and `.pth`
+    only where there is no safetensors file. `component` selects a folder of a pipeline.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is incomplete or ambiguous; says what to do.
+    """
+    _must_exist(path)
+    if path.is_file():
+        return _from_file(path)
+    root = _component_root(path, component, is_pipeline)
+    names = _listing(root)
+    for kind in ("safetensors", "torch"):
+        found = _in_folder(root, names, kind)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        "holds no weights: no .safetensors, .bin, .pt or .pth file"
+        + (f"; it is a pipeline of {_quoted(components(path))}" if components(path) else ""),
+        file=root,
+    )
+
+
+def components(path: Path) -> tuple[str, ...]:
+    """Return the names of a pipeline's components that have weights, or () if `path` is flat.
+
+    Raises:
+        CheckpointError: the pipeline's index is not valid.
+    """
+    index = path / PIPELINE_INDEX
+    if not index.is_file():
+        return ()
+    listed = _read_json(index)
+    return tuple(
+        name
+        for name in sorted(listed)
+        if not name.startswith("_") and (path / name).is_dir() and _has_weights(path / name)
+    )
+
+
+def _must_exist(path: Path) -> None:
+    try:
+        path.stat()
+    except FileNotFoundError as exc:
+        if _HUB_ID.fullmatch(str(path)):
+            raise CheckpointError(
+                f"{str(path)!r} is not here. If it is a hub id, download it first "
+                f"(`hf download {path} --local-dir DIR`) and give the folder"
+            ) from exc
+        raise CheckpointError("no such file or folder", file=path) from exc
+    except OSError as exc:
+        raise CheckpointError(f"cannot be read: {exc.strerror}", file=path) from exc
+
+
+def _listing(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
+    except OSError as exc:
+        raise CheckpointError(f"cannot be listed: {exc.strerror}", file=folder) from exc
+
+
+def _has_weights(folder: Path) -> bool:
+    suffixes = _SUFFIXES["safetensors"] + _SUFFIXES["torch"]
+    return any(name.endswith(suffixes) for name in _listing(folder))
+
+
+def _component_root(path: Path, component: str | None, is_pipeline: bool | None) -> Path:
+    pipeline = (path / PIPELINE_INDEX).is_file() if is_pipeline is None else is_pipeline
+    if not pipeline or component is None:
+        return path
+    if Path(component).name != component:
+        raise CheckpointError(f"{component!r} is not the name of a component", file=path)
+    if not (path / component).is_dir():
+        known = components(path) or tuple(p.name for p in sorted(path.iterdir()) if p.is_dir())
+        raise CheckpointError(
+            f"the pipeline has no component {component!r}; it has {_quoted(known)}", file=path
+        )
+    return path / component
+
+
+def _from_file(path: Path) -> CheckpointFiles:
+    for kind, suffixes in _SUFFIXES.items():
+        if path.name.endswith(_INDEXES[kind]):
+            return _from_index(path, kind, ())
+        if path.suffix in suffixes:
+            return CheckpointFiles(root=path.parent, kind=kind, files=(path,))
+    raise CheckpointError("is not a weights file: need .safetensors, .bin, .pt, .pth or an index", file=path)
+
+
+def _in_folder(root: Path, names: list[str], kind: Kind) -> CheckpointFiles | None:
+    weights = [name for name in names if name.endswith(_SUFFIXES[kind])]
+    indexes = [name for name in names if name.endswith(_INDEXES[kind])]
+    if indexes:
+        return _from_index(root / _choose_index(root, indexes, kind), kind, weights)
+    if not weights:
+        return None
+    chosen = _drop_twins(weights, kind)
+    notes = _passed_over(weights, chosen)
+    _check_numbering(root, chosen)
+    return CheckpointFiles(root=root, kind=kind, files=tuple(root / name for name in chosen), notes=notes)
+
+
+def _choose_index(root: Path, indexes: list[str], kind: Kind) -> str:
+    for stem in _STEMS:
+        if stem + _INDEXES[kind] in indexes:
+            return stem + _INDEXES[kind]
+    if len(indexes) > 1:
+        raise CheckpointError(f"has several indexes ({_quoted(indexes)}): give the path of one", file=root)
+    return indexes[0]
+
+
+def _drop_twins(weights: list[str], kind: Kind) -> list[str]:
+    """Leave out copies of the same weights in another cut, and files that only look like weights."""
+    if kind == "torch":
+        return [w for w in weights if w.startswith(_STEMS)] or weights
+    return [w for w in weights if not w.startswith("consolidated")] or weights
+
+
+def _passed_over(weights: list[str], chosen: list[str]) -> tuple[str, ...]:
+    left = [name for name in weights if name not in set(chosen)]
+    return (f"passed over {_quoted(left)}: not part of this checkpoint",) if left else ()
+
+
+def _check_numbering(root: Path, names: list[str]) -> None:
+    series: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if match := _NUMBERED.match(Path(name).stem):
+            series.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
+    for (stem, total), numbers in series.items():
+        first = 0 if 0 in numbers else 1
+        due = range(first, first + int(total))
+        count = len(due) - sum(number in due for number in numbers)
+        if count:
+            listed = ", ".join(map(str, itertools.islice((n for n in due if n not in numbers), 5)))
+            more = ", …" if count > 5 else ""
+            raise CheckpointError(
+                f"{count} of {len(due)} shards of {stem!r} are missing: number {listed}{more}", file=root
+            )
+
+
+def _from_index(index: Path, kind: Kind, weights: list[str] | tuple[()]) -> CheckpointFiles:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError("is not an index: it has no weight_map of names to file names", file=index)
+    if not weight_map:
+        raise CheckpointError("the index names no tensor", file=index)
+    chosen = sorted(set(weight_map.values()))
+    for name in chosen:
+        if Path(name).name != name or not name.endswith(_SUFFIXES[kind]):
+            raise CheckpointError(f"the index names {name!r}, which is no weights file beside it", file=index)
+        if not (index.parent / name).is_file():
+            tensor = next(t for t, f in weight_map.items() if f == name)
+            raise CheckpointError(
+                f"the index {index.name} names this file, and it is missing; download it again",
+                file=index.parent / name,
+                tensor=tensor,
+            )
+    return CheckpointFiles(
+        root=index.parent,
+        kind=kind,
+        files=tuple(index.parent / name for name in chosen),
+        index=index,
+        weight_map=weight_map,
+        notes=_passed_over(list(weights), chosen),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise CheckpointError(f"cannot be read: {exc.strerror}", file=path) from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"is not valid JSON: {exc}", file=path) from exc
+    if not isinstance(parsed, dict):
+        raise CheckpointError("is not a JSON object", file=path)
+    return parsed
+
+
+def _quoted(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in source: a checkpoint on disk, read plainly. Always the last in a plan."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from weights_core.checkpoint import find
+from weights_core.hookspecs import hookimpl
+from weights_core.plugin import ProviderPlugin
+from weights_core.shards import Shard, open_shards
+from weights_core.types import FormatClaim, LoadRequest, Role, TensorMeta
+from weights_core.weightset import Slices, Target, WeightSet
+
+if TYPE_CHECKING:
+    import torch
+
+    from weights_core.engine import Engine
+    from weights_core.source import Source
+
+
+class ShardSet(WeightSet):
+    """A checkpoint's files as one set, read one tensor after the other, by file and offset.
+
+    Every tensor has memory of its own (or, from a pickled file, is mapped), so one that is kept
+    never changes, and its memory is freed with it. Subclasses read the same `shards` in other ways.
+    """
+
+    def __init__(self, shards: Sequence[Shard], *, provider: str, notes: tuple[str, ...] = ()) -> None:
+        self.provider = provider
+        self.shards = tuple(shards)
+        self._home = {name: shard for shard in shards for name in shard.metas}
+        self._metas = MappingProxyType({name: s.metas[name] for name, s in self._home.items()})
+        self._notes = notes
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """By file, then by offset."""
+        return self._metas
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the tensors handed out so far."""
+        return self._bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over."""
+        return self._notes
+
+    def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
+        """Read a tensor or a part of it."""
+        tensor = self._home[name].read(name, slices)
+        self.count(tensor)
+        return tensor
+
+    def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
+        """Read into `out`, without a copy where it is contiguous host memory."""
+        self._home[name].read_into(name, out, slices)
+        self.count(out)
+
+    def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read by file and offset, then look whether a file was changed meanwhile."""
+        yield from super().stream(names)
+        self.check_unchanged()
+
+    def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
+        """Fill by file and offset, then look whether a file was changed meanwhile."""
+        position = {name: index for index, name in enumerate(self._metas)}
+        yield from super().fill(sorted(targets, key=lambda target: position[target.name]))
+        self.check_unchanged()
+
+    def release(self, names: Iterable[str]) -> int:
+        """Forget mapped tensors; their memory is not this set's, so no bytes are claimed as freed."""
+        for name in names:
+            self._home[name].release(name)
+        return 0
+
+    def close(self) -> None:
+        """Close the files."""
+        for shard in self.shards:
+            shard.close()
+
+    def shard_of(self, name: str) -> Shard:
+        """Return the file that holds a tensor."""
+        return self._home[name]
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Add a tensor that was read to `bytes_read`."""
+        with self._lock:
+            self._bytes += tensor.numel() * tensor.element_size()
+
+    def check_unchanged(self) -> None:
+        """Look whether a file was written to since it was opened.
+
+        Raises:
+            CheckpointError: one was; what was read may be wrong.
+        """
+        for shard in self.shards:
+            shard.check_unchanged()
+
+
+class DiskPlugin(ProviderPlugin[None]):
+    """Reads safetensors and torch files, one tensor after the other."""
+
+    @hookimpl
+    def resolve_format(self, request: LoadRequest) -> FormatClaim:
+        """Claim any checkpoint, as the last resort."""
+        return FormatClaim(roles={Role.SOURCE}, reason="reads any checkpoint, one tensor after the other")
+
+    @hookimpl
+    def load_weights(self, request: LoadRequest, engine: Engine, source: Source) -> WeightSet:
+        """Validate the whole checkpoint and return it as a lazily read set."""
+        found = find(request.checkpoint, request.engine.component, request.is_pipeline)
+        return ShardSet(open_shards(found), provider="disk", notes=found.notes)

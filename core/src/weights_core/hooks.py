@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A typed facade over one pluggy manager: registers plugins strictly, calls one at a time.
+
+pluggy accepts more than the contract allows; what it lets pass silently (an undecorated hook, an
+ordering mark, a lost result) is refused here, with the plugin and its distribution named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import pluggy
+
+from weights_core import config, hookspecs
+from weights_core.discovery import Installed
+from weights_core.errors import (
+    PluginContractError,
+    PluginError,
+    PluginFailedError,
+    PluginLoadError,
+    PluginVersionError,
+    WeightsError,
+)
+from weights_core.types import FormatClaim, Layout, LoadRequest, Outcome, PublishReceipt
+from weights_core.weightset import WeightSet
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from weights_core.engine import Engine
+    from weights_core.source import Source
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class LeftOut:
+    """An installed plugin that is not registered, and why."""
+
+    plugin: Installed
+    reason: str
+
+
+class Hooks:
+    """The plugins of one load, registered, and the five hooks as typed calls.
+
+    `left_out` lists installed plugins that are blocked, not enabled, or broken.
+    """
+
+    def __init__(self, *, rank: int = 0) -> None:
+        self._rank = rank
+        self._plugins: dict[str, tuple[Installed, object]] = {}
+        self._tap = _Tap()
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._manager.register(self._tap, name="weights_core tap")
+        self.left_out: list[LeftOut] = []
+
+    @property
+    def plugins(self) -> Mapping[str, Installed]:
+        """The registered plugins by name, the last registered first: from the outside in."""
+        return MappingProxyType({name: self._plugins[name][0] for name in reversed(self._plugins)})
+
+    def register(self, plugin: Installed, settings: Mapping[str, object]) -> None:
+        """Import a plugin, make an instance with its settings, and register it.
+
+        Later registered wrappers are outside of earlier ones.
+
+        Raises:
+            PluginLoadError: it cannot be imported or built.
+            PluginVersionError: it is written for another version of the plugin API.
+            PluginConfigError: its settings are wrong.
+            PluginContractError: its hooks do not fit the specification.
+        """
+        instance = self._instantiate(plugin, settings)
+        self._check_hooks(plugin, instance)
+        try:
+            self._manager.register(instance, name=plugin.name)
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as exc:
+            self._manager.unregister(name=plugin.name)
+            raise PluginContractError(f"plugin {plugin.name!r} of {plugin.origin}: {exc}") from exc
+        self._plugins[plugin.name] = (plugin, instance)
+
+    def implements(self, name: str, hook: str, *, wrapper: bool = False) -> bool:
+        """Whether a registered plugin implements `hook`, as a wrapper or plainly."""
+        _, instance = self._plugins[name]
+        caller = getattr(self._manager.hook, hook)
+        return any(i.plugin is instance and i.wrapper == wrapper for i in caller.get_hookimpls())
+
+    def resolve_format(self, name: str, request: LoadRequest) -> FormatClaim | None:
+        """Ask one plugin what it would do; see `hookspecs.resolve_format`."""
+        return self._optional(name, "resolve_format", FormatClaim, request=request)
+
+    def load_weights(
+        self, name: str, wrappers: Iterable[str], request: LoadRequest, engine: Engine, source: Source
+    ) -> WeightSet:
+        """Call one provider inside `wrappers`; see `hookspecs.load_weights`."""
+        around = tuple(wrappers)
+        record = self._tap.record = _Record()
+        caller = self._only({name, *around}, "load_weights")
+        try:
+            result = caller(request=request, engine=engine, source=source)
+        except Exception as exc:  # noqa: BLE001 - raised again, with the plugin's name
+            culprits = around if around and exc is not record.error else (name,)
+            raise self._attributed(exc, culprits, "load_weights") from exc.__cause__
+        if not isinstance(record.result, WeightSet):
+            raise self._breach(
+                (name,), "load_weights", f"returned {record.result!r}, a planned provider owes a WeightSet"
+            )
+        if not isinstance(result, WeightSet):
+            raise self._breach(
+                around,
+                "load_weights",
+                f"returned {result!r}, a wrapper must return what it was sent by `yield`, or a set around it",
+            )
+        return result
+
+    def before_post_load(self, name: str, request: LoadRequest, weights: WeightSet, engine: Engine) -> None:
+        """Call one plugin; see `hookspecs.before_post_load`."""
+        self._call(name, "before_post_load", request=request, weights=weights, engine=engine)
+
+    def publish(
+        self, name: str, request: LoadRequest, engine: Engine, layout: Layout
+    ) -> PublishReceipt | None:
+        """Call one publisher; see `hookspecs.publish`."""
+        return self._optional(name, "publish", PublishReceipt, request=request, engine=engine, layout=layout)
+
+    def cleanup(self, name: str, request: LoadRequest, outcome: Outcome) -> None:
+        """Call one plugin; see `hookspecs.cleanup`."""
+        self._call(name, "cleanup", request=request, outcome=outcome)
+
+    def _call(self, name: str, hook: str, **arguments: object) -> Any:
+        try:
+            return self._only({name}, hook)(**arguments)
+        except Exception as exc:  # noqa: BLE001 - raised again, with the plugin's name
+            raise self._attributed(exc, (name,), hook) from exc.__cause__
+
+    def _optional(self, name: str, hook: str, expected: type[T], **arguments: object) -> T | None:
+        results = self._call(name, hook, **arguments)
+        if not results:
+            return None
+        if not isinstance(results[0], expected):
+            raise self._breach((name,), hook, f"returned {results[0]!r}, need {expected.__name__} or None")
+        return results[0]
+
+    def _only(self, names: set[str], hook: str) -> Callable[..., Any]:
+        others = [instance for name, (_, instance) in self._plugins.items() if name not in names]
+        return self._manager.subset_hook_caller(hook, others)
+
+    def _attributed(self, exc: Exception, names: tuple[str, ...], hook: str) -> WeightsError:
+        if isinstance(exc, WeightsError):
+            return self._stamped(exc, names, hook)
+        failed = PluginFailedError(f"{type(exc).__name__}: {exc}")
+        failed.__cause__ = exc
+        return self._stamped(failed, names, hook)
+
+    def _breach(self, names: tuple[str, ...], hook: str, what: str) -> WeightsError:
+        return self._stamped(PluginContractError(what), names, hook)
+
+    def _stamped(self, exc: WeightsError, names: tuple[str, ...], hook: str) -> WeightsError:
+        origins = ", ".join(self._plugins[name][0].origin for name in names)
+        return exc.stamp(plugin=", ".join(names), distribution=origins, hook=hook, rank=self._rank)
+
+    def _instantiate(self, plugin: Installed, settings: Mapping[str, object]) -> object:
+        try:
+            cls = plugin.load()
+        except Exception as exc:  # importing a third party's module may raise anything
+            raise PluginLoadError(
+                f"plugin {plugin.name!r} of {plugin.origin} cannot be imported: {type(exc).__name__}: {exc}"
+            ) from exc
+        speaks = getattr(cls, "weights_api", None)
+        if speaks != hookspecs.API_VERSION:
+            raise PluginVersionError(
+                f"plugin {plugin.name!r} of {plugin.origin} has weights_api = {speaks!r}, this weights-core "
+                f"needs {hookspecs.API_VERSION}: install a matching version of {plugin.distribution}"
+            )
+        schema: type | None = getattr(cls, "Config", None)
+        values = config.structure(plugin.name, schema, settings)
+        try:
+            return cls(values) if hasattr(cls, "Config") else cls()
+        except Exception as exc:  # a third party's constructor may raise anything
+            if isinstance(exc, PluginError):
+                raise
+            raise PluginLoadError(
+                f"plugin {plugin.name!r} of {plugin.origin} cannot be built: {type(exc).__name__}: {exc}"
+            ) from exc
+
+    def _check_hooks(self, plugin: Installed, instance: object) -> None:
+        def breach(why: str) -> None:
+            raise PluginContractError(f"plugin {plugin.name!r} of {plugin.origin}: {why}")
+
+        for attribute in (name for name in dir(instance) if not name.startswith("_")):
+            options = self._manager.parse_hookimpl_opts(instance, attribute)
+            if options is None:
+                if attribute in hookspecs.HOOKS:
+                    breach(
+                        f"{attribute} is named like a hook but not marked with @hookimpl: it would never run"
+                    )
+                continue
+            hook = options.get("specname") or attribute
+            if options.get("hookwrapper"):
+                breach(f"{attribute} is an old-style hookwrapper; use @hookimpl(wrapper=True)")
+            if options.get("wrapper") and hook != "load_weights":
+                breach(f"{attribute} is a wrapper; only load_weights may be wrapped")
+            if options.get("tryfirst") or options.get("trylast"):
+                breach(f"{attribute} has an ordering mark; the order is the operator's, in `format`")
+
+
+@attrs.define
+class _Record:
+    result: object = None
+    error: BaseException | None = None
+
+
+class _Tap:
+    """The innermost wrapper: tells the provider's result and errors from its wrappers'."""
+
+    record = _Record()
+
+    @hookspecs.hookimpl(wrapper=True, trylast=True)
+    def load_weights(self) -> Generator[None, object, object]:
+        record = self.record
+        try:
+            record.result = yield
+        except BaseException as exc:
+            record.error = exc
+            raise
+        return record.result

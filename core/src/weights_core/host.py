@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host: which plugins may take part in loads, and their settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import version
+from typing import Literal
+
+from weights_core import config as settings
+from weights_core.discovery import BUILT_IN, Installed, check_names, installed
+from weights_core.engine import Engine
+from weights_core.errors import PluginConfigError, PluginError, PluginNotFoundError
+from weights_core.hooks import Hooks, LeftOut
+from weights_core.session import Session
+from weights_core.types import LoadRequest
+
+log = logging.getLogger("weights")
+
+Enable = Literal["installed"] | Collection[str]
+
+
+class PluginHost:
+    """A fixed choice of plugins and settings, from which sessions are opened.
+
+    Every session gets plugin instances of its own, so loads may run side by side and two hosts in
+    one process don't meet. A plugin is imported by the first session that needs it.
+    """
+
+    def __init__(
+        self,
+        plugins: Iterable[Installed],
+        *,
+        config: settings.Settings | None = None,
+        enable: Enable = "installed",
+        block: Collection[str] = (),
+    ) -> None:
+        """Choose among `plugins`; the built-in disk source is always added.
+
+        Args:
+            plugins: what is there to choose from.
+            config: plugin name → setting → value.
+            enable: `"installed"` for all, or the names to use, in the order that breaks ties.
+            block: names that are never used, whatever else is said.
+
+        Raises:
+            PluginConflictError: two plugins of one name, neither blocked.
+            PluginNotFoundError: `enable` names one that is not installed.
+            PluginConfigError: `config` names one that is not installed.
+        """
+        known = (*plugins, _disk())
+        self._blocked = frozenset(block)
+        check_names(p for p in known if p.name not in self._blocked)
+        self._plugins = {p.name: p for p in known}
+        self._explicit = None if enable == "installed" else tuple(enable)
+        self._config: Mapping[str, Mapping[str, object]] = dict(config or {})
+        for name in self._explicit or ():
+            if name not in self._plugins:
+                near = settings.did_you_mean(name, self._plugins)
+                raise PluginNotFoundError(f"plugin {name!r} is enabled but not installed{near}")
+        for name in self._config:
+            if name not in self._plugins:
+                near = settings.did_you_mean(name, self._plugins)
+                raise PluginConfigError(f"settings for plugin {name!r}, which is not installed{near}")
+
+    @classmethod
+    def discover(
+        cls,
+        config: settings.Settings | None = None,
+        *,
+        enable: Enable = "installed",
+        environ: Mapping[str, str] = os.environ,
+    ) -> PluginHost:
+        """Return a host over the installed plugins, `WEIGHTS_CONFIG` and `WEIGHTS_BLOCK` applied."""
+        return cls(
+            installed(),
+            config=settings.merged(config, environ),
+            enable=enable,
+            block=settings.blocked(environ),
+        )
+
+    def session(self, request: LoadRequest, engine: Engine) -> Session:
+        """Return a new session for one load; nothing happens until its first step."""
+        return Session(self.hooks, request, engine)
+
+    def hooks(self, request: LoadRequest) -> Hooks:
+        """Import and register the chosen plugins, new instances of each.
+
+        Raises:
+            PluginError: a plugin that the request names, or that is explicitly enabled, is broken.
+                Others that are broken are left out, with a warning.
+        """
+        return self._register({*request.format, *(self._explicit or ())}, request.rank)
+
+    def check(self) -> list[tuple[Installed, str | None]]:
+        """Return every installed plugin by name, with the reason why it can't be used, if so."""
+        left_out = {out.plugin.name: out.reason for out in self._register(set(), rank=0).left_out}
+        return [(plugin, left_out.get(name)) for name, plugin in sorted(self._plugins.items())]
+
+    def _register(self, demanded: set[str], rank: int) -> Hooks:
+        hooks = Hooks(rank=rank)
+        # A wrapper registered later is further out; names read from the outside in.
+        for plugin in sorted(self._plugins.values(), key=self._order, reverse=True):
+            reason = self._why_not(plugin.name)
+            if reason is None:
+                try:
+                    hooks.register(plugin, self._config.get(plugin.name, {}))
+                except PluginConfigError:
+                    raise
+                except PluginError as exc:
+                    if plugin.name in demanded:
+                        raise
+                    reason = f"broken: {exc}"
+                    log.warning("%s", exc)
+            if reason is not None:
+                hooks.left_out.append(LeftOut(plugin, reason))
+        return hooks
+
+    def _why_not(self, name: str) -> str | None:
+        if name in self._blocked:
+            return "blocked"
+        if self._explicit is not None and name not in self._explicit and name != BUILT_IN:
+            return "not in the list of enabled plugins"
+        return None
+
+    def _order(self, plugin: Installed) -> tuple[int, str]:
+        explicit = self._explicit or ()
+        return (explicit.index(plugin.name) if plugin.name in explicit else len(explicit)), plugin.name
+
+
+def _disk() -> Installed:
+    def load() -> type:
+        from weights_core.disk import DiskPlugin
+
+        return DiskPlugin
+
+    return Installed(name=BUILT_IN, distribution="weights-core", version=version("weights-core"), load=load)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must live as long as the model: owners' memory and publishers' offers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from weights_core.errors import CleanupError
+
+
+class Lease:
+    """Keeps owners' memory mapped and publishers serving until it is closed.
+
+    It ends by `close()`, at the end of a `with` block, or when the model it is anchored to is
+    garbage collected or the interpreter exits, whichever is first.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[], None]] = []
+        self.closed = False
+
+    def add(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the lease ends; the last added is called first."""
+        self._callbacks.append(callback)
+
+    def anchor(self, target: object) -> None:
+        """End the lease when `target` dies. It must allow weak references."""
+        weakref.finalize(target, self.close)
+
+    def close(self) -> None:
+        """End the lease; idempotent.
+
+        Raises:
+            CleanupError: what was to be withdrawn failed; everything else was withdrawn.
+        """
+        self.closed = True
+        errors: list[Exception] = []
+        while self._callbacks:
+            try:
+                self._callbacks.pop()()
+            except Exception as exc:  # noqa: BLE001 - raised with the others
+                errors.append(exc)
+        if errors:
+            raise CleanupError("closing the lease", errors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

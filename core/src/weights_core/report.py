@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a load did: seconds, bytes and memory per phase, and who provided the bytes and why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from weights_core.lease import Lease
+from weights_core.types import Applied, Plan, PublishReceipt
+
+MIB = 1 << 20
+_INTERVAL = 0.02
+
+
+@attrs.frozen(kw_only=True)
+class Phase:
+    """One phase of a load. `nbytes` were fetched in it; `peak_rss` is this process's, in bytes."""
+
+    name: str
+    seconds: float
+    nbytes: int
+    peak_rss: int
+
+    @property
+    def gb_per_s(self) -> float:
+        """Gigabytes (1e9) per second, 0 for a phase that fetched nothing."""
+        return self.nbytes / self.seconds / 1e9 if self.nbytes and self.seconds else 0.0
+
+
+@attrs.frozen(kw_only=True)
+class Attempt:
+    """One provider that was asked, and what came of it."""
+
+    plugin: str
+    distribution: str
+    result: str
+    reason: str = ""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class LoadReport:
+    """What a finished load did. Keep it, or its `lease`, no longer than needed: neither holds the model."""
+
+    checkpoint: Path
+    provider: str
+    plan: Plan
+    attempts: tuple[Attempt, ...]
+    phases: tuple[Phase, ...]
+    applied: Applied
+    receipts: tuple[PublishReceipt, ...]
+    notes: tuple[str, ...]
+    start_rss: int
+    rank: int
+    lease: Lease
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data fetched."""
+        return sum(phase.nbytes for phase in self.phases)
+
+    @property
+    def peak_over_model(self) -> int:
+        """Peak resident bytes above those at the start and the memory allocated for the model."""
+        return max(0, max(self._over_model(phase) for phase in self.phases))
+
+    def _over_model(self, phase: Phase) -> int:
+        before_apply = phase.name in ("resolve", "load")
+        model = 0 if before_apply else self.applied.host_bytes
+        return max(0, phase.peak_rss - self.start_rss - model)
+
+    def __str__(self) -> str:
+        """Return the report as a table for people."""
+        lines = [
+            f"{self.checkpoint}: {len(self.applied.written)} tensors, {self.nbytes / 1e6:,.1f} MB "
+            f"in {self.seconds:.3f} s by {self.provider}",
+            "",
+            f"{'phase':<18}{'seconds':>9}{'MB':>11}{'GB/s':>8}{'peak over model':>18}",
+        ]
+        for p in self.phases:
+            rate = f"{p.gb_per_s:.2f}" if p.nbytes else "-"
+            lines.append(
+                f"{p.name:<18}{p.seconds:>9.3f}{p.nbytes / 1e6:>11,.1f}{rate:>8}"
+                f"{self._over_model(p) / MIB:>14,.1f} MiB"
+            )
+        lines.append("")
+        lines += [
+            f"asked {a.plugin} ({a.distribution}): {a.result}{a.reason and f', {a.reason}'}"
+            for a in self.attempts
+        ]
+        lines += [render_decision(d.plugin, d.distribution, d.roles, d.reason) for d in self.plan.decisions]
+        for receipt in self.receipts:
+            lines.append(
+                f"published {receipt.layout.value}, {receipt.nbytes / 1e6:,.1f} MB: {receipt.detail}"
+            )
+        for name, why in self.applied.defaulted.items():
+            lines.append(f"note: {name} was not loaded: {why}")
+        if self.applied.unused:
+            shown = ", ".join(self.applied.unused[:5]) + (", …" if len(self.applied.unused) > 5 else "")
+            lines.append(f"note: {len(self.applied.unused)} tensors of the checkpoint were not used: {shown}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def render_decision(plugin: str, distribution: str, roles: frozenset[object], reason: str) -> str:
+    """Return one line on why a plugin takes part or not."""
+    taken = "+".join(sorted(str(getattr(role, "value", role)) for role in roles)) or "not used"
+    return f"{taken:<16} {plugin} ({distribution}): {reason}"
+
+
+class Meter:
+    """Measures phases; a thread samples resident memory every 20 ms while the meter runs."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        self.start_rss = rss()
+        self._peak = self.start_rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="weights-meter", daemon=True)
+
+    def start(self) -> None:
+        """Start sampling."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop sampling and join the thread; idempotent."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[PhaseBytes]:
+        """Measure a phase; it is recorded if its block ends without an error."""
+        tally = PhaseBytes()
+        high = _high_water()
+        self._peak = rss()
+        began = time.perf_counter()
+        yield tally
+        seconds = time.perf_counter() - began
+        peak = max(self._peak, rss())
+        if _high_water() > high:  # the process's record was broken in this phase: exact, not sampled
+            peak = max(peak, _high_water())
+        self.phases.append(Phase(name=name, seconds=seconds, nbytes=tally.nbytes, peak_rss=peak))
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_INTERVAL):
+            self._peak = max(self._peak, rss())
+
+
+@attrs.define
+class PhaseBytes:
+    """What a running phase reports of itself."""
+
+    nbytes: int = 0
+
+
+def rss() -> int:
+    """Return this process's resident memory in bytes; 0 where /proc does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0
+
+
+def _high_water() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

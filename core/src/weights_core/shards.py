@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a checkpoint opened for reading: one `Shard` per file, whatever its kind."""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weights_core import dtypes
+from weights_core.checkpoint import CheckpointFiles
+from weights_core.errors import CheckpointError
+from weights_core.files import File
+from weights_core.header import read_header
+from weights_core.types import TensorMeta
+from weights_core.weightset import Slices, check_destination, normalise
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Shard(abc.ABC):
+    """One weights file, validated when opened. Safe to use from several threads."""
+
+    path: Path
+    metas: Mapping[str, TensorMeta]
+
+    @abc.abstractmethod
+    def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
+        """Return a tensor, or the part that `slices` selects, in host memory.
+
+        Raises:
+            CheckpointError: the bytes cannot be had; names file, tensor and byte.
+        """
+
+    @abc.abstractmethod
+    def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
+        """Bring a tensor, or a part of it, into `out`.
+
+        Raises:
+            ValueError: `out` has another shape or dtype than what is read.
+            CheckpointError: as `read`.
+        """
+
+    @abc.abstractmethod
+    def release(self, name: str) -> None:
+        """Forget what is held for a tensor."""
+
+    @abc.abstractmethod
+    def check_unchanged(self) -> None:
+        """Look whether the file was written to since it was opened.
+
+        Raises:
+            CheckpointError: it was; what was read from it may be wrong.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free everything; idempotent."""
+
+
+class SafetensorsShard(Shard):
+    """A safetensors file read by positioned reads into fresh memory; nothing is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and validate.
+
+        Raises:
+            CheckpointError: the file is malformed; says where.
+        """
+        self.path = path
+        self._file = File(path)
+        self.metas = read_header(self._file)
+
+    def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
+        """Read the rows that `slices` covers, then cut what is left of the other dimensions."""
+        import torch
+
+        meta = self.metas[name]
+        dtype = self._torch_dtype(meta)
+        wanted = normalise(slices, meta.torch_shape)
+        rows, rest = wanted[:1], wanted[1:]
+        shape = tuple(len(r) for r in rows) + meta.torch_shape[1:]
+        count, skip = _row_bytes(meta, rows)
+        raw = torch.empty(count, dtype=torch.uint8)
+        self._read(meta, raw, skip)
+        tensor = raw.view(dtype).reshape(shape)
+        for dim, r in enumerate(rest, start=1):
+            tensor = tensor.narrow(dim, r.start, len(r))
+        return tensor if tuple(tensor.shape) == shape else tensor.clone()
+
+    def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
+        """Read straight into `out` if it is contiguous host memory and whole rows are wanted."""
+        import torch
+
+        meta = self.metas[name]
+        dtype = self._torch_dtype(meta)
+        wanted = normalise(slices, meta.torch_shape)
+        check_destination(name, out, tuple(len(r) for r in wanted), dtype)
+        whole_rows = all(len(r) == size for r, size in zip(wanted[1:], meta.torch_shape[1:], strict=True))
+        if out.device.type == "cpu" and out.is_contiguous() and whole_rows:
+            _, skip = _row_bytes(meta, wanted[:1])
+            self._read(meta, out.detach().reshape(-1).view(torch.uint8), skip)
+        else:
+            out.copy_(self.read(name, slices))
+
+    def release(self, name: str) -> None:
+        """Nothing is held."""
+
+    def check_unchanged(self) -> None:
+        """Compare size and times with those at opening."""
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _torch_dtype(self, meta: TensorMeta) -> torch.dtype:
+        try:
+            return dtypes.to_torch(meta.dtype)
+        except KeyError:
+            raise CheckpointError(
+                f"this version of torch has no dtype for {meta.dtype}", file=self.path, tensor=meta.name
+            ) from None
+
+    def _read(self, meta: TensorMeta, out: torch.Tensor, skip: int) -> None:
+        assert meta.offset is not None
+        if not out.numel():
+            return
+        memory = (ctypes.c_char * out.numel()).from_address(out.data_ptr())
+        try:
+            self._file.read_into(memoryview(memory).cast("B"), meta.offset + skip)
+        except CheckpointError as exc:
+            exc.tensor = meta.name
+            raise
+
+
+def _row_bytes(meta: TensorMeta, rows: tuple[range, ...]) -> tuple[int, int]:
+    """Return how many bytes `rows` of the first dimension take, and how many lie before them."""
+    if not rows:
+        return meta.nbytes, 0
+    per_row = meta.nbytes // meta.shape[0] if meta.shape[0] else 0
+    return len(rows[0]) * per_row, rows[0].start * per_row
+
+
+class PickledShard(Shard):
+    """A file of `torch.save`, read with `weights_only=True` and mapped where its format allows."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and validate.
+
+        Raises:
+            CheckpointError: not such a file, or it holds anything but named tensors.
+        """
+        self.path = path
+        self._file = File(path)
+        self._tensors = _unpickle(path)
+        self.metas = {name: _pickled_meta(path, name, t) for name, t in self._tensors.items()}
+
+    def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
+        """Return the tensor, or a view of it."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CheckpointError("was released and cannot be read again", file=self.path, tensor=name)
+        for dim, r in enumerate(normalise(slices, tuple(tensor.shape))):
+            tensor = tensor.narrow(dim, r.start, len(r))
+        return tensor
+
+    def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
+        """Copy into `out`."""
+        tensor = self.read(name, slices)
+        check_destination(name, out, tuple(tensor.shape), tensor.dtype)
+        out.copy_(tensor)
+
+    def release(self, name: str) -> None:
+        """Drop the tensor; its memory goes with the last tensor on the same storage."""
+        self._tensors.pop(name, None)
+
+    def check_unchanged(self) -> None:
+        """Compare size and times with those at opening."""
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        """Drop all tensors."""
+        self._file.close()
+        self._tensors.clear()
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 are not, and cannot be mapped
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as exc:
+        raise CheckpointError(
+            "refused: it is truncated, no file of torch.save, or its pickle holds more than tensors "
+            "and could run code. Convert it to safetensors where you trust it",
+            file=path,
+        ) from exc
+    except Exception as exc:  # an untrusted parser may raise anything; all of it means "malformed"
+        raise CheckpointError(f"is not a readable file of torch.save: {exc}", file=path) from exc
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"holds a {type(loaded).__name__}, not a dict of tensors", file=path)
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"holds {name!r} → {type(value).__name__}; need names → tensors, "
+                "so save the inner dict (often 'state_dict' or 'model') alone",
+                file=path,
+            )
+    return dict(loaded)
+
+
+def _pickled_meta(path: Path, name: str, tensor: torch.Tensor) -> TensorMeta:
+    import torch
+
+    try:
+        dtype = dtypes.from_torch(tensor.dtype)
+    except KeyError:
+        raise CheckpointError(f"cannot serve dtype {tensor.dtype}", file=path, tensor=name) from None
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(f"cannot serve layout {tensor.layout}", file=path, tensor=name)
+    shape = dtypes.stored_shape(dtype, tuple(tensor.shape))
+    return TensorMeta(name, shape, dtype, tensor.numel() * tensor.element_size(), path)
+
+
+_OPENERS: dict[str, Callable[[Path], Shard]] = {"safetensors": SafetensorsShard, "torch": PickledShard}
+
+
+def open_shards(found: CheckpointFiles, executor: Executor | None = None) -> list[Shard]:
+    """Open and validate every file, and all of them together, before a tensor is read.
+
+    With an `executor` the files are opened concurrently.
+
+    Raises:
+        CheckpointError: a file is malformed, a tensor is in two files, or files and index differ.
+    """
+    opener = _OPENERS[found.kind]
+    opened: list[Shard] = []
+    try:
+        shards = executor.map(opener, found.files) if executor else map(opener, found.files)
+        opened.extend(shards)
+        _check_together(found, opened)
+    except BaseException:
+        for shard in opened:
+            shard.close()
+        raise
+    return opened
+
+
+def _check_together(found: CheckpointFiles, shards: list[Shard]) -> None:
+    home: dict[str, Path] = {}
+    for shard in shards:
+        for name in shard.metas:
+            if name in home:
+                raise CheckpointError(
+                    f"is also in {home[name].name}; which of the two is right cannot be known",
+                    file=shard.path,
+                    tensor=name,
+                )
+            home[name] = shard.path
+    for name, file in (found.weight_map or {}).items():
+        if name not in home:
+            raise CheckpointError(
+                f"the index {found.index} places it here, and it is not", file=found.root / file, tensor=name
+            )
+        if home[name].name != file:
+            raise CheckpointError(f"the index places it in {file}", file=home[name], tensor=name)
+    if not home:
+        raise CheckpointError("holds no tensor", file=found.root)

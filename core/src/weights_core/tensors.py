@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small helpers on torch tensors. Imports torch: only for modules that are imported when needed."""
+
+from __future__ import annotations
+
+import torch
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements as a flat uint8 tensor: a view if contiguous, else a copy."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TorchEngine`: load a checkpoint into a plain `torch.nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weights_core import coverage, dtypes
+from weights_core.engine import Alloc, Engine
+from weights_core.errors import CoverageError, EngineError
+from weights_core.tensors import as_bytes, nbytes
+from weights_core.types import Applied, EngineInfo, Layout, TensorMeta, Topology
+from weights_core.weightset import Target, WeightSet
+
+Gather = Callable[[object, float], Sequence[object]]
+
+
+class TorchEngine(Engine):
+    """Brings weights into the parameters and persistent buffers of a module, by state-dict name.
+
+    Parameters on the meta device get memory, and the model receives them only when the last byte
+    has arrived: a load that fails leaves the model as it was. Parameters that have memory already
+    are written in place. Subclasses, attributes and ties of parameters are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str = "cpu",
+        cast: bool = False,
+        role: str = "main",
+        component: str | None = None,
+        checkpoint: Path | str | None = None,
+        topology: Topology | None = None,
+        quantization: str | None = None,
+        mutates_after_load: str | None = None,
+        reinit: Callable[[nn.Module], None] | None = None,
+        gather: Gather | None = None,
+    ) -> None:
+        """Describe the model to load into.
+
+        Args:
+            model: on meta, or with memory, or mixed.
+            device: where parameters that are on meta are to live.
+            cast: convert weights whose dtype is not the parameter's; else that is an error.
+            role: `main`, `draft`, …: a draft model is a load of its own.
+            component: the folder of a pipeline, e.g. `transformer_2` or `vae`.
+            checkpoint: this engine's own checkpoint, over the one `load` is given.
+            topology: the ranks that load together.
+            quantization: the scheme, if any; part of the weights' identity.
+            mutates_after_load: what will change the weights after the load, if anything.
+            reinit: brings a model that was written in place back, so that another provider may
+                be tried after one that failed half-way.
+            gather: returns every rank's value, by rank; see `Engine.gather`.
+
+        Raises:
+            EngineError: a buffer that no checkpoint holds is on the meta device, or there are
+                several ranks and no `gather`.
+        """
+        self.model = model
+        self._device = torch.device(device)
+        self._cast = cast
+        self._checkpoint = Path(checkpoint) if checkpoint is not None else None
+        self._reinit = reinit
+        self._gather = gather
+        self._originals: dict[_Place, torch.Tensor] | None = None
+        self._written_in_place = False
+        self._allocated = 0
+        _refuse_meta_buffers(model)
+        if gather is None and topology is not None and topology.world.size > 1:
+            raise EngineError("the topology has several ranks: they need gather= to agree on the load")
+        self._info = EngineInfo(
+            name="torch",
+            version=torch.__version__,
+            model=type(model).__qualname__,
+            dtype=_common_dtype(model),
+            quantization=quantization,
+            device=str(self._device),
+            topology=topology or Topology(),
+            role=role,
+            component=component,
+            accepts={Layout.CHECKPOINT, Layout.SHARDED},
+            shareable={Layout.SHARDED: "names, shapes and bytes are the state dict's"},
+            mutates_after_load=mutates_after_load,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """Name `torch`, the class of the model, its dtype if it has only one."""
+        return self._info
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint given to the constructor."""
+        return self._checkpoint
+
+    @property
+    def anchor(self) -> object:
+        """The model: the lease ends with it, not with this adapter."""
+        return self.model
+
+    def expected(self, layout: Layout) -> Mapping[str, TensorMeta]:
+        """Return the state dict's entries; every layout has the same names and shapes here."""
+        del layout
+        return {name: _meta_of(name, tensor) for name, tensor in _named_tensors(self.model).items()}
+
+    def apply(self, weights: WeightSet) -> Applied:
+        """Write every tensor of the model from `weights`, and give meta parameters memory.
+
+        Raises:
+            CoverageError: before anything is read: tensors are missing, or shapes or dtypes
+                differ. After reading: two names of one tied parameter hold different bytes.
+        """
+        tensors = _named_tensors(self.model)
+        ties = _ties(tensors)
+        self._check_fit(tensors, ties, weights)
+        staged: dict[int, torch.Tensor] = {}
+        targets, twins = [], []
+        for group in ties:
+            given = [name for name in group if name in weights]
+            tensor = tensors[group[0]]
+            out = self._staged(tensor, staged)
+            targets.append(Target(given[0], out))
+            twins += [(name, out) for name in given[1:]]
+        self._written_in_place = len(staged) < len(targets)
+        for name in self._fill(weights, targets):
+            weights.release([name])
+        for name, out in twins:
+            self._check_twin(name, out, weights)
+        self._commit({place: staged[id(t)] for place, t in _places(self.model) if id(t) in staged})
+        unused = tuple(name for name in weights if name not in tensors)
+        host_bytes = sum(nbytes(t) for t in staged.values() if t.device.type == "cpu") + self._allocated
+        return Applied(written=tensors.keys(), unused=unused, host_bytes=host_bytes)
+
+    def bind(self, weights: WeightSet) -> Applied:
+        """Make the set's own tensors the parameters, without a copy.
+
+        Raises:
+            CoverageError: a tensor is missing, is not expected, or differs in shape or dtype.
+        """
+        tensors = _named_tensors(self.model)
+        ties = _ties(tensors)
+        unexpected = [name for name in weights if name not in tensors]
+        if unexpected:
+            raise CoverageError(f"unexpected {coverage.listed(unexpected)}", unexpected=unexpected)
+        self._check_fit(tensors, ties, weights, may_cast=False)
+        given = {
+            id(tensors[name]): weights[next(n for n in group if n in weights)]
+            for group in ties
+            for name in group
+        }
+        self._commit({place: given[id(t)] for place, t in _places(self.model) if id(t) in given})
+        return Applied(written=tensors.keys())
+
+    def materialize(self, alloc: Alloc) -> int:
+        """Give each meta parameter memory from `alloc`, ties once; return the bytes."""
+        tensors = _named_tensors(self.model)
+        given = {
+            id(tensors[group[0]]): alloc(_meta_of(group[0], tensors[group[0]]))
+            for group in _ties(tensors)
+            if tensors[group[0]].is_meta
+        }
+        self._commit({place: given[id(t)] for place, t in _places(self.model) if id(t) in given})
+        size = sum(nbytes(tensor) for tensor in given.values())
+        self._allocated += sum(nbytes(t) for t in given.values() if t.device.type == "cpu")
+        return size
+
+    def post_load(self, layout: Layout) -> None:
+        """There is nothing to transform; memory that the load replaced is let go."""
+        del layout
+        if self._originals is not None:
+            self._originals = {place: t for place, t in self._originals.items() if t.is_meta}
+
+    def tensors(self, layout: Layout) -> Mapping[str, torch.Tensor]:
+        """Return parameters and persistent buffers by state-dict name, ties included."""
+        del layout
+        return _named_tensors(self.model)
+
+    def untouched(self) -> bool:
+        """Whether nothing was written in place and no parameter was replaced."""
+        return not self._written_in_place and self._originals is None
+
+    def reinit(self) -> None:
+        """Put replaced parameters back; what was written in place takes the `reinit` callable.
+
+        Raises:
+            EngineError: parameters were written in place and no `reinit` was given.
+        """
+        if self._written_in_place and self._reinit is None:
+            raise EngineError("parameters were written in place, and TorchEngine was given no reinit=")
+        for place, tensor in (self._originals or {}).items():
+            place.put(tensor)
+        self._originals = None
+        self._allocated = 0
+        if self._written_in_place and self._reinit is not None:
+            self._reinit(self.model)
+            self._written_in_place = False
+
+    def gather(self, value: object, timeout: float) -> Sequence[object]:
+        """Call the `gather` given to the constructor; alone, return this rank's value."""
+        return [value] if self._gather is None else self._gather(value, timeout)
+
+    def _check_fit(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        ties: Iterable[Sequence[str]],
+        weights: WeightSet,
+        *,
+        may_cast: bool = True,
+    ) -> None:
+        missing = [group[0] for group in ties if not any(name in weights for name in group)]
+        mismatched: dict[str, str] = {}
+        for name in (n for n in tensors if n in weights):
+            have, need = weights.meta(name), _meta_of(name, tensors[name])
+            if have.shape != need.shape:
+                mismatched[name] = f"checkpoint has shape {list(have.shape)}, model {list(need.shape)}"
+            elif have.dtype != need.dtype and not (self._cast and may_cast):
+                mismatched[name] = (
+                    f"checkpoint has dtype {have.dtype}, model {need.dtype}; cast=True converts"
+                )
+        if not missing and not mismatched:
+            return
+        parts = [f"missing {coverage.listed(missing)}"] if missing else []
+        parts += [f"{name}: {why}" for name, why in list(mismatched.items())[: coverage.SHOWN]]
+        more = len(mismatched) - coverage.SHOWN
+        parts += [f"and {more} more that do not fit"] if more > 0 else []
+        raise CoverageError(
+            "the checkpoint does not fit the model: " + "; ".join(parts),
+            missing=missing,
+            mismatched=mismatched,
+        )
+
+    def _staged(self, tensor: torch.Tensor, staged: dict[int, torch.Tensor]) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor.detach()
+        staged[id(tensor)] = torch.empty_like(tensor, device=self._device, requires_grad=False)
+        return staged[id(tensor)]
+
+    def _fill(self, weights: WeightSet, targets: Iterable[Target]) -> Iterator[str]:
+        straight, cast = [], {}
+        for target in targets:
+            if dtypes.to_torch(weights.meta(target.name).dtype) == target.out.dtype:
+                straight.append(target)
+            else:
+                cast[target.name] = target.out
+        for target in weights.fill(straight):
+            yield target.name
+        for name, tensor in weights.stream(cast) if cast else ():
+            cast[name].copy_(tensor)
+            yield name
+
+    def _check_twin(self, name: str, out: torch.Tensor, weights: WeightSet) -> None:
+        twin = weights[name].to(device=out.device, dtype=out.dtype)
+        same = torch.equal(as_bytes(twin), as_bytes(out))
+        weights.release([name])
+        if not same:
+            raise CoverageError(
+                f"tensor {name!r} is tied to another in the model, but differs from it in the checkpoint",
+                mismatched={name: "differs from the tensor it is tied to"},
+            )
+
+    def _commit(self, replacements: Mapping[_Place, torch.Tensor]) -> None:
+        made: dict[int, torch.Tensor] = {}
+        originals: dict[_Place, torch.Tensor] = {}
+        for place, data in replacements.items():
+            old = place.get()
+            originals[place] = old
+            place.put(made.setdefault(id(old), _like(old, data)))
+        if originals:
+            self._originals = originals | (self._originals or {})
+
+
+class _Place:
+    """Where a tensor hangs in the model: a module and a name in its parameters or buffers."""
+
+    def __init__(self, module: nn.Module, name: str, *, is_buffer: bool) -> None:
+        self._slots: dict[str, torch.Tensor] = module._buffers if is_buffer else module._parameters  # type: ignore[assignment]
+        self._name = name
+
+    def get(self) -> torch.Tensor:
+        return self._slots[self._name]
+
+    def put(self, tensor: torch.Tensor) -> None:
+        self._slots[self._name] = tensor
+
+
+def _places(model: nn.Module) -> Iterator[tuple[_Place, torch.Tensor]]:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield _Place(module, name, is_buffer=False), parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield _Place(module, name, is_buffer=True), buffer
+
+
+def _like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """Return `data` as a tensor of the same class, flags and attributes as `old`."""
+    if type(old) is torch.Tensor:
+        return data
+    new = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
+    vars(new).update(vars(old))
+    return new
+
+
+def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what can be written: parameters and persistent buffers, ties under each of their names.
+
+    Not the state dict: a module's hooks may hand out copies or other names there.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _ties(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Group the names that stand for the same memory."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        key: object = id(tensor)
+        if not tensor.is_meta and tensor.numel():
+            key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    try:
+        dtype = dtypes.from_torch(tensor.dtype)
+    except KeyError:
+        raise EngineError(
+            f"tensor {name!r} of the model has dtype {tensor.dtype}, which no checkpoint can hold"
+        ) from None
+    return TensorMeta(name, dtypes.stored_shape(dtype, tuple(tensor.shape)), dtype, nbytes(tensor))
+
+
+def _common_dtype(model: nn.Module) -> str | None:
+    found = {p.dtype for p in model.parameters()}
+    return dtypes.from_torch(found.pop()) if len(found) == 1 else None
+
+
+def _refuse_meta_buffers(model: nn.Module) -> None:
+    kept = _named_tensors(model).keys()
+    lost = [name for name, b in model.named_buffers() if b.is_meta and name not in kept]
+    if lost:
+        raise EngineError(
+            f"non-persistent buffers are on the meta device, and no checkpoint holds them "
+            f"({coverage.listed(lost)}): build the modules that compute them on a real device"
+        )
