@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,7 +100,8 @@ def _must_exist(path: Path) -> None:
 
 def _listing(folder: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.is_dir())
     except OSError as exc:
         raise CheckpointError(f"cannot be listed: {exc.strerror}", file=folder) from exc
 

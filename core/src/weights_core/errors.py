@@ -26,9 +26,10 @@ class WeightsError(Exception):
     hook: str | None = None
     rank: int | None = None
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    @property
+    def message(self) -> str:
+        """What went wrong, without where."""
+        return str(self.args[0])
 
     def stamp(self, *, plugin: str, distribution: str, hook: str, rank: int) -> Self:
         """Record where the error happened, unless something nearer to the cause already did."""
@@ -201,13 +202,6 @@ class CleanupError(WeightsError, ExceptionGroup[Exception]):
     """
 
     report: LoadReport | None = None
-
-    def __new__(cls, message: str, exceptions: Sequence[Exception]) -> Self:
-        """Build the group; WeightsError takes the message alone, so both signatures meet here."""
-        return ExceptionGroup.__new__(cls, message, exceptions)
-
-    def __init__(self, message: str, exceptions: Sequence[Exception]) -> None:
-        super().__init__(message)
 
     def __str__(self) -> str:
         """Return the message and the first line of each failure."""

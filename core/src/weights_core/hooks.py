@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import attrs
 import pluggy
@@ -54,7 +54,7 @@ class Hooks:
         self._rank = rank
         self._plugins: dict[str, tuple[Installed, object]] = {}
         self._tap = _Tap()
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager = _Manager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._manager.register(self._tap, name="weights_core tap")
         self.left_out: list[LeftOut] = []
@@ -76,11 +76,11 @@ class Hooks:
             PluginContractError: its hooks do not fit the specification.
         """
         instance = self._instantiate(plugin, settings)
-        self._check_hooks(plugin, instance)
         try:
             self._manager.register(instance, name=plugin.name)
             self._manager.check_pending()
-        except pluggy.PluginValidationError as exc:
+            self._check_hooks(instance)
+        except (pluggy.PluginValidationError, PluginContractError) as exc:
             self._manager.unregister(name=plugin.name)
             raise PluginContractError(f"plugin {plugin.name!r} of {plugin.origin}: {exc}") from exc
         self._plugins[plugin.name] = (plugin, instance)
@@ -106,7 +106,7 @@ class Hooks:
             result = caller(request=request, engine=engine, source=source)
         except Exception as exc:  # noqa: BLE001 - raised again, with the plugin's name
             culprits = around if around and exc is not record.error else (name,)
-            raise self._attributed(exc, culprits, "load_weights") from exc.__cause__
+            self._blame(exc, culprits, "load_weights")
         if not isinstance(record.result, WeightSet):
             raise self._breach(
                 (name,), "load_weights", f"returned {record.result!r}, a planned provider owes a WeightSet"
@@ -137,7 +137,7 @@ class Hooks:
         try:
             return self._only({name}, hook)(**arguments)
         except Exception as exc:  # noqa: BLE001 - raised again, with the plugin's name
-            raise self._attributed(exc, (name,), hook) from exc.__cause__
+            self._blame(exc, (name,), hook)
 
     def _optional(self, name: str, hook: str, expected: type[T], **arguments: object) -> T | None:
         results = self._call(name, hook, **arguments)
@@ -151,12 +151,10 @@ class Hooks:
         others = [instance for name, (_, instance) in self._plugins.items() if name not in names]
         return self._manager.subset_hook_caller(hook, others)
 
-    def _attributed(self, exc: Exception, names: tuple[str, ...], hook: str) -> WeightsError:
+    def _blame(self, exc: Exception, names: tuple[str, ...], hook: str) -> NoReturn:
         if isinstance(exc, WeightsError):
-            return self._stamped(exc, names, hook)
-        failed = PluginFailedError(f"{type(exc).__name__}: {exc}")
-        failed.__cause__ = exc
-        return self._stamped(failed, names, hook)
+            raise self._stamped(exc, names, hook)
+        raise self._stamped(PluginFailedError(f"{type(exc).__name__}: {exc}"), names, hook) from exc
 
     def _breach(self, names: tuple[str, ...], hook: str, what: str) -> WeightsError:
         return self._stamped(PluginContractError(what), names, hook)
@@ -189,25 +187,34 @@ class Hooks:
                 f"plugin {plugin.name!r} of {plugin.origin} cannot be built: {type(exc).__name__}: {exc}"
             ) from exc
 
-    def _check_hooks(self, plugin: Installed, instance: object) -> None:
-        def breach(why: str) -> None:
-            raise PluginContractError(f"plugin {plugin.name!r} of {plugin.origin}: {why}")
-
-        for attribute in (name for name in dir(instance) if not name.startswith("_")):
-            options = self._manager.parse_hookimpl_opts(instance, attribute)
-            if options is None:
-                if attribute in hookspecs.HOOKS:
-                    breach(
-                        f"{attribute} is named like a hook but not marked with @hookimpl: it would never run"
+    def _check_hooks(self, instance: object) -> None:
+        for hook in hookspecs.HOOKS:
+            mine = [i for i in getattr(self._manager.hook, hook).get_hookimpls() if i.plugin is instance]
+            if hasattr(instance, hook) and self._manager.parse_hookimpl_opts(instance, hook) is None:
+                raise PluginContractError(
+                    f"{hook} is named like a hook but not marked with @hookimpl: it would never run"
+                )
+            for implementation in mine:
+                if implementation.hookwrapper:
+                    raise PluginContractError(
+                        f"{hook} is an old-style hookwrapper; use @hookimpl(wrapper=True)"
                     )
-                continue
-            hook = options.get("specname") or attribute
-            if options.get("hookwrapper"):
-                breach(f"{attribute} is an old-style hookwrapper; use @hookimpl(wrapper=True)")
-            if options.get("wrapper") and hook != "load_weights":
-                breach(f"{attribute} is a wrapper; only load_weights may be wrapped")
-            if options.get("tryfirst") or options.get("trylast"):
-                breach(f"{attribute} has an ordering mark; the order is the operator's, in `format`")
+                if implementation.wrapper and hook != "load_weights":
+                    raise PluginContractError(f"{hook} is a wrapper; only load_weights may be wrapped")
+                if implementation.tryfirst or implementation.trylast:
+                    raise PluginContractError(
+                        f"{hook} has an ordering mark; the order is the operator's, in `format` and `enable`"
+                    )
+
+
+class _Manager(pluggy.PluginManager):
+    """Looks for hooks only among public names; inspecting every dunder is most of registering."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        return None if name.startswith("_") else super().parse_hookimpl_opts(plugin, name)
+
+    def parse_hookspec_opts(self, module_or_class: Any, name: str) -> pluggy.HookspecOpts | None:
+        return super().parse_hookspec_opts(module_or_class, name) if name in hookspecs.HOOKS else None
 
 
 @attrs.define

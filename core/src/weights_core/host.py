@@ -6,11 +6,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
-from importlib.metadata import version
 from typing import Literal
 
 from weights_core import config as settings
-from weights_core.discovery import BUILT_IN, Installed, check_names, installed
+from weights_core.discovery import BUILT_IN, Installed, built_in, check_names, installed
 from weights_core.engine import Engine
 from weights_core.errors import PluginConfigError, PluginError, PluginNotFoundError
 from weights_core.hooks import Hooks, LeftOut
@@ -50,7 +49,7 @@ class PluginHost:
             PluginNotFoundError: `enable` names one that is not installed.
             PluginConfigError: `config` names one that is not installed.
         """
-        known = (*plugins, _disk())
+        known = (*plugins, built_in())
         self._blocked = frozenset(block)
         check_names(p for p in known if p.name not in self._blocked)
         self._plugins = {p.name: p for p in known}
@@ -128,12 +127,3 @@ class PluginHost:
     def _order(self, plugin: Installed) -> tuple[int, str]:
         explicit = self._explicit or ()
         return (explicit.index(plugin.name) if plugin.name in explicit else len(explicit)), plugin.name
-
-
-def _disk() -> Installed:
-    def load() -> type:
-        from weights_core.disk import DiskPlugin
-
-        return DiskPlugin
-
-    return Installed(name=BUILT_IN, distribution="weights-core", version=version("weights-core"), load=load)

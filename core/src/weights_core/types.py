@@ -221,8 +221,8 @@ class Plan:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """Those the session asks for weights, in order: the owner, if any, else the sources."""
-        return (self.owner,) if self.owner else self.sources
+        """Those the session asks for weights, in order: the owner, if there is one, then the sources."""
+        return (self.owner, *self.sources) if self.owner else self.sources
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write small real checkpoints with the safetensors library and with torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
+
+from weights_core import dtypes
+from weights_core.tensors import as_bytes
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    shards: int = 1,
+    kind: Literal["safetensors", "bin"] = "safetensors",
+    index: bool = True,
+    stem: str | None = None,
+) -> Path:
+    """Write `tensors`, spread in order over `shards` files of `folder`, and return the folder.
+
+    The names are those that Transformers uses: one file plain, several numbered and, unless
+    `index` is false, with an index. `stem` is `model` or `pytorch_model` by default.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = stem or ("model" if kind == "safetensors" else "pytorch_model")
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        part = {name: tensors[name] for name in names[number::shards]}
+        suffix = f"-{number + 1:05d}-of-{shards:05d}" if shards > 1 else ""
+        file = f"{stem}{suffix}.{kind}"
+        if kind == "safetensors":
+            save_file(part, folder / file)
+        else:
+            torch.save(part, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    if shards > 1 and index:
+        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def random_tensor(*shape: int, dtype: str = "F32", seed: int = 0) -> torch.Tensor:
+    """Return a tensor of random *bits* (random truth values for BOOL) of a safetensors dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = dtypes.to_torch(dtype)
+    count = dtypes.nbytes(dtype, shape)
+    raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    if kind == torch.bool:
+        return (raw % 2).bool().reshape(shape)
+    return raw.view(kind).reshape(dtypes.torch_shape(dtype, shape))
+
+
+def every_dtype() -> list[str]:
+    """Return the safetensors dtypes that this torch has and this safetensors library round-trips."""
+    return [dtype for dtype in dtypes.BITS if _round_trips(dtype)]
+
+
+def _round_trips(dtype: str) -> bool:
+    try:
+        tensor = random_tensor(4, dtype=dtype)
+        return torch.equal(as_bytes(load(save({"t": tensor}))["t"]), as_bytes(tensor))
+    except (KeyError, ValueError, SafetensorError):
+        return False

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Python block of the README runs, in order, on a real checkpoint."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import weights_core as w
+from weights_core.testing import host_of, write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    return write_checkpoint(tmp_path / "path", Model().state_dict(), shards=2)
+
+
+def test_the_readmes_code_runs_and_does_what_it_says(checkpoint, capsys):
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    assert len(blocks) == 4
+    names = {"Model": Model, "released": []}
+    for block in blocks:
+        exec(block.replace('"path/to/checkpoint"', repr(str(checkpoint))), names)
+    assert "by parallel_shards" in capsys.readouterr().out
+    expected = names["model"].state_dict()
+    assert not expected["linear.weight"].is_meta
+    assert all(torch.equal(p, expected[n]) for n, p in names["engine"].params.items())
+
+    model = Model()
+    w.load(w.TorchEngine(model), checkpoint, host=host_of(noting=names["NotingPlugin"]))
+    assert sorted(names["released"]) == ["linear.bias", "linear.weight"]
+
+
+@pytest.mark.parametrize("page", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md")))
+def test_links_between_pages_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
+    assert all((ROOT / page).parent.joinpath(t).exists() for t in targets if t)
+
+
+def test_readme_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^):]+)\)", (ROOT / "README.md").read_text())
+    assert targets
+    assert all((ROOT / target).exists() for target in targets)
