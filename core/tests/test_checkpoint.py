@@ -233,7 +233,17 @@ def test_an_index_names_a_dangling_link(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "sub/x.safetensors", "/etc/x.safetensors", "..", ".", "", "x.bin", "x\0.safetensors/"]
+    "name",
+    [
+        "../x.safetensors",
+        "sub/x.safetensors",
+        "/etc/x.safetensors",
+        "..",
+        ".",
+        "",
+        "x.bin",
+        "x\0.safetensors/",
+    ],
 )
 def test_an_index_names_what_is_no_file_beside_it(tmp_path, name):
     folder = tmp_path / "model"
@@ -371,7 +381,13 @@ def pipeline(tmp_path):
     folder = tmp_path / "pipeline"
     weights = ["unet/diffusion_pytorch_model.safetensors", "vae/model.safetensors"]
     touch(folder, "scheduler/config.json", *weights)
-    listed = {"_class_name": "P", "vae": ["x", "Y"], "unet": ["x", "Y"], "scheduler": ["x", "Y"], "gone": [None, None]}
+    listed = {
+        "_class_name": "P",
+        "vae": ["x", "Y"],
+        "unet": ["x", "Y"],
+        "scheduler": ["x", "Y"],
+        "gone": [None, None],
+    }
     (folder / "model_index.json").write_text(json.dumps(listed))
     return folder
 

@@ -147,7 +147,9 @@ def test_two_distributions_with_one_plugin_name_are_a_conflict_naming_both(site)
 
 
 def test_blocking_the_name_lifts_the_conflict_and_uses_neither(site):
-    write_distribution(site, "weights-tape", {"tape": "tape_good_mod:Plugin"}, modules={"tape_good_mod": GOOD})
+    write_distribution(
+        site, "weights-tape", {"tape": "tape_good_mod:Plugin"}, modules={"tape_good_mod": GOOD}
+    )
     write_distribution(site, "weights-other-tape", {"tape": "tape_good_mod:Plugin"})
     hooks = PluginHost.discover(environ={"WEIGHTS_BLOCK": "tape"}).hooks(request())
     assert "tape" not in hooks.plugins

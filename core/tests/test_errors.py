@@ -38,7 +38,9 @@ def test_every_error_is_stamped_with_plugin_distribution_hook_and_rank(kind):
     assert (error.plugin, error.distribution, error.hook, error.rank) == tuple(WHERE.values())
 
 
-@pytest.mark.parametrize("kind", [k for k in ALL if k is not errors.CleanupError], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [k for k in ALL if k is not errors.CleanupError], ids=lambda kind: kind.__name__
+)
 def test_every_error_says_who_raised_it(kind):
     unstamped = str(an(kind))
     assert str(an(kind).stamp(**WHERE)) == f"{unstamped} {TAIL}"
@@ -164,11 +166,14 @@ def test_the_failures_of_a_cleanup_error_are_handled_by_except_star():
 
 
 def test_what_except_star_leaves_is_raised_on_as_a_cleanup_error():
-    with pytest.raises(errors.CleanupError) as info:
+    def handle_some():
         try:
             raise errors.CleanupError("cleanup", [ValueError("v"), KeyError("k")])
         except* ValueError:
             pass
+
+    with pytest.raises(errors.CleanupError) as info:
+        handle_some()
     assert [type(e) for e in info.value.exceptions] == [KeyError]
     assert info.value.message == "cleanup"
 

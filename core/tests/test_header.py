@@ -227,7 +227,8 @@ def test_an_unknown_dtype(path, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [[-4], [-2, -2], [4.0], [True, 4], [2**63], [2**64], [10**400], ["4"], [None], [[4]], 4, "4", None, {}]
+    "shape",
+    [[-4], [-2, -2], [4.0], [True, 4], [2**63], [2**64], [10**400], ["4"], [None], [[4]], 4, "4", None, {}],
 )
 def test_a_bad_shape(path, shape):
     write(path, {"t": entry(shape=shape)}, bytes(4))
@@ -235,7 +236,8 @@ def test_a_bad_shape(path, shape):
 
 
 @pytest.mark.parametrize(
-    "offsets", [[4, 0], [0], [], [0, 4, 8], [-4, 0], [0.0, 4.0], [False, 4], [0, 2**64], ["0", "4"], None, 4, {}]
+    "offsets",
+    [[4, 0], [0], [], [0, 4, 8], [-4, 0], [0.0, 4.0], [False, 4], [0, 2**64], ["0", "4"], None, 4, {}],
 )
 def test_bad_offsets(path, offsets):
     write(path, {"t": {"dtype": "U8", "shape": [4], "data_offsets": offsets}}, bytes(4))
@@ -271,8 +273,9 @@ def test_a_size_beyond_any_file(path, dtype, dimensions):
     assert f": {dtype} " in refusal(path, "t")
 
 
-def test_a_size_that_overflows_before_it_is_multiplied_by_zero(path):
-    write(path, {"t": entry(shape=[2**62, 2**62, 0], end=0)})
+@pytest.mark.parametrize(("dtype", "shape"), [("U8", [2**62, 2**62, 0]), ("F4", [2**60, 31, 0])])
+def test_a_size_that_overflows_before_it_is_multiplied_by_zero(path, dtype, shape):
+    write(path, {"t": entry(dtype, shape, end=0)})
     assert "too large" in refusal(path, "t")
 
 
@@ -293,7 +296,9 @@ def test_f4_rows_that_do_not_fill_whole_bytes(path):
 
 def test_overlapping_tensors(path):
     start = write(path, {"a": entry(), "b": entry(begin=2, end=6)}, bytes(6))
-    assert refusal(path, "b") == f", byte {start + 2}: overlaps the tensor before it, which ends at {start + 4}"
+    assert (
+        refusal(path, "b") == f", byte {start + 2}: overlaps the tensor before it, which ends at {start + 4}"
+    )
 
 
 def test_the_same_bytes_for_two_tensors(path):

@@ -560,7 +560,11 @@ def test_an_error_from_the_provider_below_keeps_its_name_when_it_passes_an_owner
         def load_weights(self, source):
             return source.open()
 
-    plugins = {"below": raising("load_weights", OSError("disk")), "around": wrapper_named("a"), "owner": Owner}
+    plugins = {
+        "below": raising("load_weights", OSError("disk")),
+        "around": wrapper_named("a"),
+        "owner": Owner,
+    }
     for name, plugin in plugins.items():
         hooks.register(installed_as(name, plugin), {})
     with pytest.raises(PluginFailedError) as info:
@@ -634,7 +638,9 @@ def test_the_cause_and_context_of_a_plugins_error_are_kept(wrapped):
     assert implicit.value.__suppress_context__ is False
 
 
-@pytest.mark.parametrize("error", [Declined("no tape"), OSError("tore"), StopIteration("stop"), RuntimeError()])
+@pytest.mark.parametrize(
+    "error", [Declined("no tape"), OSError("tore"), StopIteration("stop"), RuntimeError()]
+)
 def test_a_providers_exception_passes_through_wrappers_and_is_blamed_on_the_provider(error):
     passed = []
 

@@ -111,7 +111,9 @@ def test_plugins_that_are_not_enabled_are_not_imported():
 
 
 def test_enabling_what_is_not_installed_is_an_error_with_a_suggestion():
-    with pytest.raises(PluginNotFoundError, match=r"'tpe' is enabled but not installed \(did you mean 'tape'"):
+    with pytest.raises(
+        PluginNotFoundError, match=r"'tpe' is enabled but not installed \(did you mean 'tape'"
+    ):
         host_of(tape=Tape, enable=["tpe"])
 
 
@@ -141,7 +143,10 @@ def test_blocking_what_is_not_installed_changes_nothing():
 
 
 def test_two_plugins_of_one_name_are_a_conflict_unless_blocked():
-    twins = [installed_as("tape", Tape, distribution="first"), installed_as("tape", Plain, distribution="second")]
+    twins = [
+        installed_as("tape", Tape, distribution="first"),
+        installed_as("tape", Plain, distribution="second"),
+    ]
     with pytest.raises(PluginConflictError, match=r"first 1\.0 and second 1\.0 both bring a plugin 'tape'"):
         PluginHost(twins)
     assert set(PluginHost(twins, block=["tape"]).hooks(asking()).plugins) == {"disk"}
@@ -179,7 +184,7 @@ def test_a_broken_plugin_does_not_keep_others_from_being_named(plugin, kind, why
 
 @pytest.mark.parametrize("name", ["import", "constructor"])
 def test_the_original_error_of_a_broken_plugin_is_its_cause(name):
-    plugin, _, why = BROKEN[name]
+    plugin = BROKEN[name][0]
     with pytest.raises(PluginLoadError) as info:
         PluginHost([plugin]).hooks(asking("tape"))
     assert isinstance(info.value.__cause__, ImportError if name == "import" else OSError)
@@ -248,9 +253,7 @@ def test_settings_for_a_plugin_that_has_none_are_an_error():
 def test_every_session_gets_plugin_instances_of_its_own():
     host, request = host_of(plain=Plain), asking()
     first, second = host.hooks(request), host.hooks(request)
-    assert (
-        first.resolve_format("plain", request).reason != second.resolve_format("plain", request).reason
-    )
+    assert first.resolve_format("plain", request).reason != second.resolve_format("plain", request).reason
 
 
 def test_two_hosts_in_one_process_do_not_meet():

@@ -183,7 +183,9 @@ def test_a_named_source_whose_layouts_the_engine_does_not_accept_is_an_error():
 
 def test_when_nobody_can_serve_the_error_gives_everyones_reason():
     host = host_of(
-        no=answering(Loads, FormatClaim.refuse("no tape")), final=source(layouts={Layout.FINAL}), block=["disk"]
+        no=answering(Loads, FormatClaim.refuse("no tape")),
+        final=source(layouts={Layout.FINAL}),
+        block=["disk"],
     )
     with pytest.raises(FormatUnresolvedError) as info:
         plan(host)
@@ -292,7 +294,9 @@ def test_a_dropped_publisher_keeps_its_other_roles_fit_and_layouts():
 
 
 def test_a_required_publisher_whose_layout_the_engine_cannot_share_is_an_error():
-    with pytest.raises(FormatUnresolvedError, match="'offer' must publish, and engine toy cannot share sharded"):
+    with pytest.raises(
+        FormatUnresolvedError, match="'offer' must publish, and engine toy cannot share sharded"
+    ):
         plan(host_of(offer=publisher(required=True)))
 
 
@@ -351,13 +355,17 @@ def test_a_claim_with_names_in_place_of_roles_or_layouts_is_the_plugins_fault(cl
 
 
 def test_a_format_that_is_not_installed_says_how_to_install_it():
-    with pytest.raises(FormatNotFoundError, match="'my_vault' is not installed; try: pip install weights-my-vault"):
+    with pytest.raises(
+        FormatNotFoundError, match="'my_vault' is not installed; try: pip install weights-my-vault"
+    ):
         plan(host_of(), "my_vault")
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("tap", "tape"), ("dsk", "disk"), ("autoo", "auto")])
 def test_a_misspelt_format_is_answered_with_the_nearest(typed, meant):
-    with pytest.raises(FormatNotFoundError, match=rf"'{typed}' is not installed \(did you mean '{meant}'\?\)"):
+    with pytest.raises(
+        FormatNotFoundError, match=rf"'{typed}' is not installed \(did you mean '{meant}'\?\)"
+    ):
         plan(host_of(tape=source()), typed)
 
 
@@ -367,7 +375,9 @@ def test_a_named_plugin_that_is_blocked_says_so():
 
 
 def test_a_named_plugin_that_is_not_enabled_says_so():
-    with pytest.raises(FormatUnresolvedError, match="'tape' .* the plugin is not in the list of enabled plugins"):
+    with pytest.raises(
+        FormatUnresolvedError, match=r"'tape' .* the plugin is not in the list of enabled plugins"
+    ):
         plan(host_of(tape=source(), enable=[]), "tape")
 
 
@@ -387,7 +397,9 @@ def test_hooks_that_were_opened_for_another_request_still_say_that_a_named_plugi
     host = PluginHost([broken()])
     auto = LoadRequest(checkpoint="nowhere", engine=EngineInfo(name="toy", version="1"))
     named = LoadRequest(checkpoint="nowhere", engine=auto.engine, format=("tape",))
-    with pytest.raises(FormatUnresolvedError, match=r"'tape' cannot be served: the plugin is broken: .*libtape"):
+    with pytest.raises(
+        FormatUnresolvedError, match=r"'tape' cannot be served: the plugin is broken: .*libtape"
+    ):
         make_plan(host.hooks(auto), named)
 
 

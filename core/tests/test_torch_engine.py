@@ -374,7 +374,7 @@ def test_a_file_truncated_after_opening_leaves_a_meta_model_untouched(tmp_path, 
             os.truncate(file, file.stat().st_size - 4)
             session.apply()
 
-    with pytest.raises(CheckpointError, match="became shorter|was changed") as caught:
+    with pytest.raises(CheckpointError, match=r"became shorter|was changed") as caught:
         steps()
     assert caught.value.__notes__ == ["the engine is untouched"]
     assert state(model) == before
@@ -1236,7 +1236,8 @@ def test_leases_that_cannot_be_closed_do_not_hide_why_a_later_component_failed(t
         def publish(self, request, engine, layout):
             def close():
                 self.withdrawn.append(request.engine.component)
-                raise OSError("the socket is stuck")
+                if request.engine.component == "a":
+                    raise OSError("the socket is stuck")
 
             return PublishReceipt(layout=layout, nbytes=0, detail="here", close=close)
 

@@ -10,7 +10,7 @@ from typing import Literal
 from weights_core.checkpoint import components
 from weights_core.config import Settings
 from weights_core.engine import Engine
-from weights_core.errors import CheckpointError
+from weights_core.errors import CheckpointError, PluginConfigError
 from weights_core.host import PluginHost
 from weights_core.report import LoadReport
 from weights_core.session import Session
@@ -39,8 +39,11 @@ def open_session(
         unused: what to do with tensors of the checkpoint that the engine did not take.
 
     Raises:
-        PluginError: the settings or the installed plugins are in conflict.
+        PluginError: the settings or the installed plugins are in conflict, or `config` is given
+            beside a `host`, which has its own.
     """
+    if host is not None and config is not None:
+        raise PluginConfigError("config is the host's: give it to PluginHost, or leave out host")
     chosen = host or PluginHost.discover(config)
     request = LoadRequest(
         checkpoint=Path(checkpoint),

@@ -36,7 +36,11 @@ class Provided:
 
 
 class Chain:
-    """The providers of one plan. `attempts` records everyone asked and what came of it."""
+    """The providers of one plan.
+
+    `attempts` records everyone asked and what came of it; `opened` every set that was returned,
+    those of an owner's sources included, so that none is left open when the load ends.
+    """
 
     def __init__(self, hooks: Hooks, plan: Plan, request: LoadRequest, engine: Engine, ranks: Ranks) -> None:
         self._hooks = hooks
@@ -45,6 +49,7 @@ class Chain:
         self._engine = engine
         self._ranks = ranks
         self.attempts: list[Attempt] = []
+        self.opened: list[WeightSet] = []
 
     def open(self, names: Sequence[str]) -> Provided:
         """Return the set of the first of `names` that serves on every rank.
@@ -75,6 +80,7 @@ class Chain:
         reason = str(error) if error is not None else "another rank was not served"
         self._record(name, "declined" if isinstance(error, Declined) else "failed", reason)
         if weights is not None:
+            self.opened.remove(weights)
             weights.close()
         stuck: EngineError | None = None
         if mutated:
@@ -92,6 +98,7 @@ class Chain:
         below = _Below(self, rest)
         try:
             weights = self._hooks.load_weights(name, wrappers, self._request, self._engine, below)
+            self.opened.append(weights)
             self._check(name, weights)
         except Exception as exc:  # noqa: BLE001 - `Ranks.agree` raises it once the other ranks know
             return None, exc

@@ -67,11 +67,13 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
     Raises:
         KeyError: `dtype` is not a safetensors dtype.
-        ValueError: the elements do not fill whole bytes (4- and 6-bit types).
+        ValueError: the elements do not fill whole bytes (4- and 6-bit types), or overflow 64 bits.
     """
     bits = BITS[dtype]
     for dimension in shape:
         bits *= dimension
+        if bits >= 2**67:
+            raise ValueError(f"{dtype} of shape {list(shape[:8])} is too large")
     if bits % 8:
         raise ValueError(f"{dtype} of shape {list(shape)} does not fill whole bytes")
     return bits // 8

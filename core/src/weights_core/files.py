@@ -52,6 +52,8 @@ class File:
         Raises:
             CheckpointError: the file ended early, changed, or the device failed.
         """
+        if not self.close.alive:  # the descriptor's number may be another file's by now
+            raise CheckpointError("was closed: the load it was opened for has ended", file=self.path)
         done = 0
         while done < len(out):
             try:

@@ -105,6 +105,8 @@ class Hooks:
         try:
             result = caller(request=request, engine=engine, source=source)
         except Exception as exc:  # noqa: BLE001 - raised again, with the plugin's name
+            if isinstance(record.result, WeightSet):
+                record.result.close()
             culprits = around if around and exc is not record.error else (name,)
             self._blame(exc, culprits, "load_weights")
         if not isinstance(record.result, WeightSet):

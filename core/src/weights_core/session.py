@@ -304,15 +304,14 @@ class Session:
                 _known(self._hooks).cleanup(name, self.request, outcome)
             except WeightsError as exc:
                 errors.append(exc)
-        if self._provided is not None:
-            close = self._provided.weights.close
-            if kept:
-                self._lease.add(close)
-            else:
-                try:
-                    close()
-                except Exception as exc:  # noqa: BLE001 - raised with the others
-                    errors.append(exc)
+        for weights in reversed(self._chain.opened if self._chain else ()):
+            if kept and weights is self.weights:
+                self._lease.add(weights.close)
+                continue
+            try:
+                weights.close()
+            except Exception as exc:  # noqa: BLE001 - raised with the others
+                errors.append(exc)
         return errors
 
     def _restore_engine(self, begun: State, error: BaseException | None) -> str:

@@ -59,8 +59,8 @@ class TorchEngine(Engine):
             gather: returns every rank's value, by rank; see `Engine.gather`.
 
         Raises:
-            EngineError: a buffer that no checkpoint holds is on the meta device, or there are
-                several ranks and no `gather`.
+            EngineError: a buffer that no checkpoint holds is on the meta device, a parameter is not
+                a plain tensor (a DTensor, say), or there are several ranks and no `gather`.
         """
         self.model = model
         self._device = torch.device(device)
@@ -71,7 +71,7 @@ class TorchEngine(Engine):
         self._originals: dict[_Place, torch.Tensor] | None = None
         self._written_in_place = False
         self._allocated = 0
-        _refuse_meta_buffers(model)
+        _refuse_what_cannot_be_written(model)
         if gather is None and topology is not None and topology.world.size > 1:
             raise EngineError("the topology has several ranks: they need gather= to agree on the load")
         self._info = EngineInfo(
@@ -301,9 +301,8 @@ def _places(model: nn.Module) -> Iterator[tuple[_Place, torch.Tensor]]:
 
 def _like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     """Return `data` as a tensor of the same class, flags and attributes as `old`."""
-    if type(old) is torch.Tensor:
-        return data
-    new = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
+    is_plain = type(old) is torch.Tensor
+    new = data if is_plain else torch.Tensor._make_subclass(type(old), data, old.requires_grad)
     vars(new).update(vars(old))
     return new
 
@@ -347,11 +346,14 @@ def _common_dtype(model: nn.Module) -> str | None:
     return dtypes.from_torch(found.pop()) if len(found) == 1 else None
 
 
-def _refuse_meta_buffers(model: nn.Module) -> None:
-    kept = _named_tensors(model).keys()
-    lost = [name for name, b in model.named_buffers() if b.is_meta and name not in kept]
+def _refuse_what_cannot_be_written(model: nn.Module) -> None:
+    tensors = _named_tensors(model)
+    lost = [name for name, b in model.named_buffers() if b.is_meta and name not in tensors]
     if lost:
         raise EngineError(
             f"non-persistent buffers are on the meta device, and no checkpoint holds them "
             f"({coverage.listed(lost)}): build the modules that compute them on a real device"
         )
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):  # torch's protocol of tensors made of other tensors
+            raise EngineError(f"{name!r} is a {type(tensor).__name__}: TorchEngine writes plain tensors only")
