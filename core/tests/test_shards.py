@@ -5,6 +5,8 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from weights_core.checkpoint import find
 from weights_core.errors import CheckpointError
+from weights_core.header import read_header
 from weights_core.shards import PickledShard, SafetensorsShard, open_shards
 from weights_core.tensors import as_bytes
 from weights_core.testing import every_dtype, random_tensor, write_checkpoint
@@ -377,6 +380,28 @@ def test_one_bad_file_is_named_and_all_others_are_closed(tmp_path, kind, executo
     with pytest.raises(CheckpointError, match=str(bad)):
         open_shards(find(tmp_path), executor)
     assert descriptors_in(tmp_path) == []
+
+
+def test_files_still_being_opened_when_another_fails_are_closed_too(tmp_path, mocker):
+    tensors = {f"t{number}": random_tensor(2) for number in range(3)}
+    found = find(write_checkpoint(tmp_path, tensors, shards=3))
+    slow = found.files[-1]
+    started = threading.Event()
+
+    def header(file):
+        if file.path == slow:
+            started.set()
+            time.sleep(0.2)
+        elif file.path == found.files[0]:
+            started.wait()
+            raise CheckpointError("is bad", file=file.path)
+        return read_header(file)
+
+    mocker.patch("weights_core.shards.read_header", autospec=True, side_effect=header)
+    with ThreadPoolExecutor(3) as pool:
+        with pytest.raises(CheckpointError, match="is bad"):
+            open_shards(found, pool)
+        assert descriptors_in(tmp_path) == []
 
 
 def test_close_frees_every_descriptor_and_may_be_repeated(tmp_path, kind):

@@ -10,7 +10,7 @@ from typing import Literal
 from weights_core.checkpoint import components
 from weights_core.config import Settings
 from weights_core.engine import Engine
-from weights_core.errors import CheckpointError, PluginConfigError
+from weights_core.errors import CheckpointError, CleanupError, PluginConfigError
 from weights_core.host import PluginHost
 from weights_core.report import LoadReport
 from weights_core.session import Session
@@ -122,8 +122,11 @@ def load_pipeline(
     try:
         for name, engine in engines.items():
             reports[name] = load(engine, checkpoint, format, config, host=host)
-    except BaseException:
+    except BaseException as exc:
         for report in reports.values():
-            report.lease.close()
+            try:
+                report.lease.close()
+            except CleanupError as failure:
+                exc.add_note(str(failure))
         raise
     return reports

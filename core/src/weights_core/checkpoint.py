@@ -74,8 +74,11 @@ def components(path: Path) -> tuple[str, ...]:
         CheckpointError: the pipeline's index is not valid.
     """
     index = path / PIPELINE_INDEX
-    if not index.is_file():
-        return ()
+    try:
+        if not index.is_file():
+            return ()
+    except OSError as exc:
+        raise CheckpointError(f"cannot be read: {exc.strerror}", file=path) from exc
     listed = _read_json(index)
     return tuple(
         name

@@ -67,7 +67,7 @@ def load(checkpoint: Path, formats: str, component: str | None, verify: bool) ->
     from weights_core.scan import ScanEngine
 
     for name in _components(checkpoint, component):
-        engine = ScanEngine(name, verify=verify)
+        engine = ScanEngine(name, verify=verify, files=files.find(checkpoint, name).files)
         report = load_weights(engine, checkpoint, _split(formats))
         click.echo(report)
         if verify:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
-from weights_core.errors import PluginConfigError
+from weights_core.errors import PluginConfigError, PluginLoadError
 
 Settings = Mapping[str, Mapping[str, object]]
 """Plugin name → setting → value."""
@@ -51,31 +52,57 @@ def structure(plugin: str, cls: type | None, settings: Mapping[str, object]) -> 
     Raises:
         PluginConfigError: an unknown setting, or a value of the wrong type or out of range; names
             the plugin, the setting and, for a misspelt one, the nearest that exists.
+        PluginLoadError: `cls` is no attrs class, or its own defaults don't make an instance.
     """
     if cls is None:
         if settings:
             raise PluginConfigError(f"plugin {plugin!r} takes no settings, given {sorted(settings)}")
         return None
     if not settings:
-        return cls()
+        try:
+            return cls()
+        except Exception as exc:  # a third party's validators may raise anything
+            raise PluginLoadError(f"plugin {plugin!r} cannot do without settings: {exc}") from exc
     import attrs
-    import cattrs
 
-    known = [field.alias or field.name for field in attrs.fields(cls)]
-    for name in settings:
-        if name not in known:
+    if not attrs.has(cls):
+        raise PluginLoadError(f"plugin {plugin!r}: its Config is no attrs class, so it cannot take settings")
+    kinds = {field.alias: field.type for field in attrs.fields(attrs.resolve_types(cls)) if field.init}
+    for name, value in settings.items():
+        if name not in kinds:
             raise PluginConfigError(
-                f"plugin {plugin!r} has no setting {name!r}{did_you_mean(name, known)}; "
-                f"it has {', '.join(known) or 'none'}"
+                f"plugin {plugin!r} has no setting {name!r}{did_you_mean(name, kinds)}; "
+                f"it has {', '.join(kinds) or 'none'}"
             )
-    converter = cattrs.Converter(forbid_extra_keys=True)
+        if isinstance(value, str) and _is_only_a_collection(kinds[name]):
+            raise PluginConfigError(
+                f"settings of plugin {plugin!r}: need a list, got {value!r} @ {plugin}.{name}"
+            )
+    return _structured(plugin, cls, settings)
+
+
+def _structured(plugin: str, cls: type, settings: Mapping[str, object]) -> Any:
+    import cattrs
+    from cattrs.strategies import configure_union_passthrough
+
+    converter = cattrs.Converter(forbid_extra_keys=True, use_alias=True)
     for scalar in (bool, int, float, str):
         converter.register_structure_hook(scalar, _exactly)
+    configure_union_passthrough(bool | int | float | str | None, converter)
     try:
         return converter.structure(dict(settings), cls)
     except cattrs.BaseValidationError as exc:
         wrong = "; ".join(cattrs.transform_error(exc, path=plugin, format_exception=lambda e, _: str(e)))
         raise PluginConfigError(f"settings of plugin {plugin!r}: {wrong}") from exc
+    except cattrs.StructureHandlerNotFoundError as exc:
+        raise PluginLoadError(f"plugin {plugin!r}: its Config has a type no setting can have: {exc}") from exc
+
+
+def _is_only_a_collection(kind: type | None) -> bool:
+    """Whether a string can only be a mistake: a list of its letters is what nobody means."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    origins = [get_origin(k) or k for k in kinds if k is not NoneType]
+    return all(isinstance(o, type) and issubclass(o, Collection) and o not in (str, bytes) for o in origins)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -37,19 +37,20 @@ def installed() -> tuple[Installed, ...]:
     Reads one small file per distribution and parses only those that mention the group: three
     times as fast as `importlib.metadata.entry_points`, which parses all.
     """
-    from importlib.metadata import distributions
+    from importlib.metadata import distribution, distributions
 
-    found: dict[tuple[str, str], Installed] = {}
+    found = []
     for dist in distributions():
         if GROUP not in (dist.read_text("entry_points.txt") or ""):
             continue
-        for point in dist.entry_points.select(group=GROUP):
-            # of two copies of one distribution, the first on the path is the one Python imports
-            found.setdefault(
-                (point.name, dist.name),
-                Installed(name=point.name, distribution=dist.name, version=dist.version, load=point.load),
-            )
-    return tuple(sorted(found.values(), key=lambda plugin: (plugin.name, plugin.distribution)))
+        first = distribution(dist.name)  # of two copies, the first on the path is the one Python imports
+        if first.locate_file("") != dist.locate_file("") or first.version != dist.version:
+            continue
+        found += [
+            Installed(name=point.name, distribution=dist.name, version=dist.version, load=point.load)
+            for point in dist.entry_points.select(group=GROUP)
+        ]
+    return tuple(sorted(found, key=lambda plugin: (plugin.name, plugin.distribution)))
 
 
 def built_in() -> Installed:

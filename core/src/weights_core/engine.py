@@ -56,6 +56,11 @@ class Engine(Protocol):
                 can be known.
         """
 
+    def unused(self, weights: WeightSet) -> Sequence[str]:
+        """Return the names `apply` will not take, where that is known before reading; else ()."""
+        del weights
+        return ()
+
     def bind(self, weights: WeightSet) -> Applied:
         """Take weights in the SHARDED or FINAL layout: this engine's names and shapes, as they are.
 

@@ -29,7 +29,11 @@ class WeightsError(Exception):
     @property
     def message(self) -> str:
         """What went wrong, without where."""
-        return str(self.args[0])
+        return str(self.args[0]) if self.args else type(self).__name__
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let errors cross process boundaries, with all that they carry."""
+        return _rebuild, (type(self), self.args, vars(self))
 
     def stamp(self, *, plugin: str, distribution: str, hook: str, rank: int) -> Self:
         """Record where the error happened, unless something nearer to the cause already did."""
@@ -43,6 +47,12 @@ class WeightsError(Exception):
             return self.message
         where = f"plugin {self.plugin} of {self.distribution}, hook {self.hook}, rank {self.rank}"
         return f"{self.message} [{where}]"
+
+
+def _rebuild(cls: type[WeightsError], args: tuple[object, ...], carried: dict[str, object]) -> WeightsError:
+    error = cls.__new__(cls, *args)
+    vars(error).update(carried)
+    return error
 
 
 class PluginError(WeightsError):

@@ -52,8 +52,7 @@ class File:
         Raises:
             CheckpointError: the file ended early, changed, or the device failed.
         """
-        if not self.close.alive:  # the descriptor's number may be another file's by now
-            raise CheckpointError("was closed: the load it was opened for has ended", file=self.path)
+        self._check_open()
         done = 0
         while done < len(out):
             try:
@@ -68,10 +67,15 @@ class File:
         """Compare size and times with those at opening.
 
         Raises:
-            CheckpointError: the file was written to since.
+            CheckpointError: the file was written to since, or closed.
         """
+        self._check_open()
         if _version(os.fstat(self._fd)) != self._version:
             raise CheckpointError("the file was changed while it was read", file=self.path)
+
+    def _check_open(self) -> None:
+        if not self.close.alive:  # the descriptor's number may be another file's by now
+            raise CheckpointError("was closed: the load it was opened for has ended", file=self.path)
 
 
 def _version(found: os.stat_result) -> tuple[int, int]:

@@ -76,13 +76,19 @@ class Hooks:
             PluginContractError: its hooks do not fit the specification.
         """
         instance = self._instantiate(plugin, settings)
+        if type(instance).__eq__ is not object.__eq__:
+            raise PluginContractError(
+                f"plugin {plugin.name!r} of {plugin.origin}: instances must be equal to themselves alone, "
+                "so give attrs or dataclasses eq=False"
+            )
         try:
             self._manager.register(instance, name=plugin.name)
             self._manager.check_pending()
             self._check_hooks(instance)
         except (pluggy.PluginValidationError, PluginContractError) as exc:
             self._manager.unregister(name=plugin.name)
-            raise PluginContractError(f"plugin {plugin.name!r} of {plugin.origin}: {exc}") from exc
+            why = " ".join(str(exc).split())
+            raise PluginContractError(f"plugin {plugin.name!r} of {plugin.origin}: {why}") from exc
         self._plugins[plugin.name] = (plugin, instance)
 
     def implements(self, name: str, hook: str, *, wrapper: bool = False) -> bool:
@@ -109,11 +115,14 @@ class Hooks:
                 record.result.close()
             culprits = around if around and exc is not record.error else (name,)
             self._blame(exc, culprits, "load_weights")
+        if record.error is not None:
+            raise self._breach(around, "load_weights", f"swallowed {record.error!r} of {name}")
         if not isinstance(record.result, WeightSet):
             raise self._breach(
                 (name,), "load_weights", f"returned {record.result!r}, a planned provider owes a WeightSet"
             )
         if not isinstance(result, WeightSet):
+            record.result.close()
             raise self._breach(
                 around,
                 "load_weights",
@@ -156,7 +165,7 @@ class Hooks:
     def _blame(self, exc: Exception, names: tuple[str, ...], hook: str) -> NoReturn:
         if isinstance(exc, WeightsError):
             raise self._stamped(exc, names, hook)
-        raise self._stamped(PluginFailedError(f"{type(exc).__name__}: {exc}"), names, hook) from exc
+        raise self._stamped(PluginFailedError(_one_line(exc)), names, hook) from exc
 
     def _breach(self, names: tuple[str, ...], hook: str, what: str) -> WeightsError:
         return self._stamped(PluginContractError(what), names, hook)
@@ -170,7 +179,7 @@ class Hooks:
             cls = plugin.load()
         except Exception as exc:  # importing a third party's module may raise anything
             raise PluginLoadError(
-                f"plugin {plugin.name!r} of {plugin.origin} cannot be imported: {type(exc).__name__}: {exc}"
+                f"plugin {plugin.name!r} of {plugin.origin} cannot be imported: {_one_line(exc)}"
             ) from exc
         speaks = getattr(cls, "weights_api", None)
         if speaks != hookspecs.API_VERSION:
@@ -186,7 +195,7 @@ class Hooks:
             if isinstance(exc, PluginError):
                 raise
             raise PluginLoadError(
-                f"plugin {plugin.name!r} of {plugin.origin} cannot be built: {type(exc).__name__}: {exc}"
+                f"plugin {plugin.name!r} of {plugin.origin} cannot be built: {_one_line(exc)}"
             ) from exc
 
     def _check_hooks(self, instance: object) -> None:
@@ -196,6 +205,8 @@ class Hooks:
                 raise PluginContractError(
                     f"{hook} is named like a hook but not marked with @hookimpl: it would never run"
                 )
+            if len(mine) > 1:
+                raise PluginContractError(f"{hook} is implemented more than once")
             for implementation in mine:
                 if implementation.hookwrapper:
                     raise PluginContractError(
@@ -209,11 +220,15 @@ class Hooks:
                     )
 
 
+def _one_line(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {' '.join(str(exc).split())}"
+
+
 class _Manager(pluggy.PluginManager):
     """Looks for hooks only among public names; inspecting every dunder is most of registering."""
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        return None if name.startswith("_") else super().parse_hookimpl_opts(plugin, name)
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
 
     def parse_hookspec_opts(self, module_or_class: Any, name: str) -> pluggy.HookspecOpts | None:
         return super().parse_hookspec_opts(module_or_class, name) if name in hookspecs.HOOKS else None

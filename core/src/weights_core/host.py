@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
-from typing import Literal
 
 from weights_core import config as settings
 from weights_core.discovery import BUILT_IN, Installed, built_in, check_names, installed
@@ -18,7 +17,7 @@ from weights_core.types import LoadRequest
 
 log = logging.getLogger("weights")
 
-Enable = Literal["installed"] | Collection[str]
+Enable = str | Collection[str]
 
 
 class PluginHost:
@@ -41,7 +40,7 @@ class PluginHost:
         Args:
             plugins: what is there to choose from.
             config: plugin name → setting → value.
-            enable: `"installed"` for all, or the names to use, in the order that breaks ties.
+            enable: `"installed"` for all, or the name or names to use, in the order that breaks ties.
             block: names that are never used, whatever else is said.
 
         Raises:
@@ -53,7 +52,8 @@ class PluginHost:
         self._blocked = frozenset(block)
         check_names(p for p in known if p.name not in self._blocked)
         self._plugins = {p.name: p for p in known}
-        self._explicit = None if enable == "installed" else tuple(enable)
+        names = (enable,) if isinstance(enable, str) else tuple(enable)
+        self._explicit = None if names == ("installed",) else names
         self._config: Mapping[str, Mapping[str, object]] = dict(config or {})
         for name in self._explicit or ():
             if name not in self._plugins:
@@ -91,31 +91,36 @@ class PluginHost:
             PluginError: a plugin that the request names, or that is explicitly enabled, is broken.
                 Others that are broken are left out, with a warning.
         """
-        return self._register({*request.format, *(self._explicit or ())}, request.rank)
+        hooks = Hooks(rank=request.rank)
+        demanded = {*request.format, *(self._explicit or ())}
+        for plugin, exc in self._register(hooks):
+            if plugin.name in demanded or isinstance(exc, PluginConfigError):
+                raise exc
+            log.warning("%s", exc)
+        return hooks
 
     def check(self) -> list[tuple[Installed, str | None]]:
         """Return every installed plugin by name, with the reason why it can't be used, if so."""
-        left_out = {out.plugin.name: out.reason for out in self._register(set(), rank=0).left_out}
+        hooks = Hooks()
+        self._register(hooks)
+        left_out = {out.plugin.name: out.reason for out in hooks.left_out}
         return [(plugin, left_out.get(name)) for name, plugin in sorted(self._plugins.items())]
 
-    def _register(self, demanded: set[str], rank: int) -> Hooks:
-        hooks = Hooks(rank=rank)
+    def _register(self, hooks: Hooks) -> list[tuple[Installed, PluginError]]:
+        """Register the chosen plugins; return those that are broken."""
+        broken = []
         # A wrapper registered later is further out; names read from the outside in.
         for plugin in sorted(self._plugins.values(), key=self._order, reverse=True):
             reason = self._why_not(plugin.name)
             if reason is None:
                 try:
                     hooks.register(plugin, self._config.get(plugin.name, {}))
-                except PluginConfigError:
-                    raise
                 except PluginError as exc:
-                    if plugin.name in demanded:
-                        raise
+                    broken.append((plugin, exc))
                     reason = f"broken: {exc}"
-                    log.warning("%s", exc)
             if reason is not None:
                 hooks.left_out.append(LeftOut(plugin, reason))
-        return hooks
+        return broken
 
     def _why_not(self, name: str) -> str | None:
         if name in self._blocked:

@@ -33,7 +33,7 @@ class Identity:
     model: str = ""
     dtype: str | None = None
     quantization: str | None = None
-    axes: Mapping[str, Axis] = attrs.field(factory=dict, converter=_plain)
+    axes: Mapping[str, Axis] = attrs.field(factory=dict, converter=_plain, hash=False)
 
     @classmethod
     def of(cls, info: EngineInfo, digest: str, layout: Layout) -> Self:

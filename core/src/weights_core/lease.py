@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from weights_core.errors import CleanupError
+from weights_core.errors import CleanupError, LifecycleError
 
 
 class Lease:
@@ -23,7 +23,13 @@ class Lease:
         self.closed = False
 
     def add(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the lease ends; the last added is called first."""
+        """Call `callback` when the lease ends; the last added is called first.
+
+        Raises:
+            LifecycleError: the lease has ended.
+        """
+        if self.closed:
+            raise LifecycleError("the lease has ended")
         self._callbacks.append(callback)
 
     def anchor(self, target: object) -> None:
@@ -39,8 +45,9 @@ class Lease:
         self.closed = True
         errors: list[Exception] = []
         while self._callbacks:
+            callback = self._callbacks.pop()
             try:
-                self._callbacks.pop()()
+                callback()
             except Exception as exc:  # noqa: BLE001 - raised with the others
                 errors.append(exc)
         if errors:

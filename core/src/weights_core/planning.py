@@ -31,7 +31,7 @@ def make_plan(hooks: Hooks, request: LoadRequest) -> Plan:
         AmbiguousFormatError: two owners were named.
         PluginContractError: a plugin claims a role whose hook it does not implement.
     """
-    named = tuple(name for name in request.format if name != AUTO)
+    named = tuple(dict.fromkeys(name for name in request.format if name != AUTO))
     for name in named:
         if name not in hooks.plugins:
             _refuse_absent(name, hooks)

@@ -74,7 +74,7 @@ class LoadReport:
     @property
     def peak_over_model(self) -> int:
         """Peak resident bytes above those at the start and the memory allocated for the model."""
-        return max(0, max(self._over_model(phase) for phase in self.phases))
+        return max((self._over_model(phase) for phase in self.phases), default=0)
 
     def _over_model(self, phase: Phase) -> int:
         before_apply = phase.name in ("resolve", "load")

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from weights_core import coverage
 from weights_core.engine import Engine
 from weights_core.errors import CoverageError
 from weights_core.tensors import as_bytes
@@ -24,9 +26,19 @@ class ScanEngine(Engine):
     library, or by torch, which share no code with this project's reader.
     """
 
-    def __init__(self, component: str | None = None, *, verify: bool = False) -> None:
+    def __init__(
+        self, component: str | None = None, *, verify: bool = False, files: Iterable[Path] = ()
+    ) -> None:
+        """Describe what to read.
+
+        Args:
+            component: the folder of a pipeline.
+            verify: compare with an independent read, and miss what only that read finds.
+            files: the files that must be covered, besides those that the weights name.
+        """
         self._info = EngineInfo(name="scan", version="1", component=component)
         self._verify = verify
+        self._files = frozenset(files)
         self._seen: dict[str, TensorMeta] = {}
         self.verified = 0
         """Bytes compared."""
@@ -54,6 +66,7 @@ class ScanEngine(Engine):
         self._seen = dict(weights.metas)
         scratch = torch.empty(max((m.nbytes for m in self._seen.values()), default=0), dtype=torch.uint8)
         independent = _Independent()
+        self.verified = 0
         written = set()
         for name, tensor in weights.stream():
             raw = as_bytes(tensor)
@@ -63,25 +76,42 @@ class ScanEngine(Engine):
                 self.verified += raw.numel()
             written.add(name)
             weights.release([name])
+        if self._verify:
+            _check_names(independent, self._files | {m.file for m in self._seen.values() if m.file}, written)
         return Applied(written=written)
 
 
 class _Independent:
+    """The files as the safetensors library, or torch, reads them."""
+
     def __init__(self) -> None:
-        self._files: dict[Path, Callable[[str], torch.Tensor]] = {}
+        self._files: dict[Path, Any] = {}
+
+    def names(self, file: Path) -> frozenset[str]:
+        return frozenset(self._open(file).keys())
 
     def read(self, file: Path, name: str) -> torch.Tensor:
+        opened = self._open(file)
+        tensor: torch.Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        return tensor
+
+    def _open(self, file: Path) -> Any:
         if file not in self._files:
-            self._files[file] = _reader(file)
-        return self._files[file](name)
+            if file.suffix == ".safetensors":
+                self._files[file] = safe_open(file, framework="pt")
+            else:
+                mapped = zipfile.is_zipfile(file)
+                self._files[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        return self._files[file]
 
 
-def _reader(file: Path) -> Callable[[str], torch.Tensor]:
-    if file.suffix == ".safetensors":
-        get: Callable[[str], torch.Tensor] = safe_open(file, framework="pt").get_tensor
-        return get
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return lambda name: tensors[name]
+def _check_names(independent: _Independent, files: Iterable[Path], written: set[str]) -> None:
+    for file in sorted(files):
+        missing = sorted(independent.names(file) - written)
+        if missing:
+            raise CoverageError(
+                f"{file} holds what the weights did not: {coverage.listed(missing)}", missing=missing
+            )
 
 
 def _compare(meta: TensorMeta, tensor: torch.Tensor, independent: _Independent) -> None:

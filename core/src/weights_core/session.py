@@ -18,6 +18,7 @@ from weights_core.engine import Engine
 from weights_core.errors import (
     CheckpointError,
     CleanupError,
+    CoverageError,
     EngineError,
     LifecycleError,
     LoadError,
@@ -249,6 +250,9 @@ class Session:
             if weights.in_place:
                 done: object = Applied(written=weights.keys())
             elif weights.layout is Layout.CHECKPOINT:
+                extra = self.engine.unused(weights) if self.request.unused == "refuse" else ()
+                if extra:
+                    raise CoverageError(f"unexpected {coverage.listed(extra)}", unexpected=extra)
                 done = self.engine.apply(weights)
             else:
                 done = self.engine.bind(weights)

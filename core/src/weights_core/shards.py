@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import ctypes
 import pickle
 import zipfile
@@ -75,7 +76,11 @@ class SafetensorsShard(Shard):
         """
         self.path = path
         self._file = File(path)
-        self.metas = read_header(self._file)
+        try:
+            self.metas = read_header(self._file)
+        except BaseException:
+            self._file.close()
+            raise
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Read the rows that `slices` covers, then cut what is left of the other dimensions."""
@@ -159,8 +164,12 @@ class PickledShard(Shard):
         """
         self.path = path
         self._file = File(path)
-        self._tensors = _unpickle(path)
-        self.metas = {name: _pickled_meta(path, name, t) for name, t in self._tensors.items()}
+        try:
+            self._tensors = _unpickle(path)
+            self.metas = {name: _pickled_meta(path, name, t) for name, t in self._tensors.items()}
+        except BaseException:
+            self._file.close()
+            raise
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Return the tensor, or a view of it."""
@@ -242,15 +251,16 @@ def open_shards(found: CheckpointFiles, executor: Executor | None = None) -> lis
         CheckpointError: a file is malformed, a tensor is in two files, or files and index differ.
     """
     opener = _OPENERS[found.kind]
-    opened: list[Shard] = []
-    try:
-        shards = executor.map(opener, found.files) if executor else map(opener, found.files)
-        opened.extend(shards)
+    with contextlib.ExitStack() as undo:
+
+        def open_one(path: Path) -> Shard:
+            shard = opener(path)
+            undo.callback(shard.close)
+            return shard
+
+        opened = list((executor.map if executor else map)(open_one, found.files))
         _check_together(found, opened)
-    except BaseException:
-        for shard in opened:
-            shard.close()
-        raise
+        undo.pop_all()
     return opened
 
 

@@ -127,7 +127,10 @@ class TorchEngine(Engine):
             out = self._staged(tensor, staged)
             targets.append(Target(given[0], out))
             twins += [(name, out) for name in given[1:]]
-        self._written_in_place = len(staged) < len(targets)
+        ours = {id(p.get()) for p, t in (self._originals or {}).items() if t.is_meta}
+        self._written_in_place = self._written_in_place or any(
+            not tensors[group[0]].is_meta and id(tensors[group[0]]) not in ours for group in ties
+        )
         for name in self._fill(weights, targets):
             weights.release([name])
         for name, out in twins:
@@ -137,11 +140,17 @@ class TorchEngine(Engine):
         host_bytes = sum(nbytes(t) for t in staged.values() if t.device.type == "cpu") + self._allocated
         return Applied(written=tensors.keys(), unused=unused, host_bytes=host_bytes)
 
+    def unused(self, weights: WeightSet) -> Sequence[str]:
+        """Return the names that are no tensor of the model."""
+        tensors = _named_tensors(self.model)
+        return [name for name in weights if name not in tensors]
+
     def bind(self, weights: WeightSet) -> Applied:
         """Make the set's own tensors the parameters, without a copy.
 
         Raises:
-            CoverageError: a tensor is missing, is not expected, or differs in shape or dtype.
+            CoverageError: a tensor is missing, is not expected, or differs in shape, dtype or device,
+                or two names of one tied parameter hold different bytes.
         """
         tensors = _named_tensors(self.model)
         ties = _ties(tensors)
@@ -154,6 +163,11 @@ class TorchEngine(Engine):
             for group in ties
             for name in group
         }
+        for group in ties:
+            first, *others = [name for name in group if name in weights]
+            self._check_device(first, tensors[first], given[id(tensors[first])])
+            for name in others:
+                self._check_twin(name, given[id(tensors[first])], weights)
         self._commit({place: given[id(t)] for place, t in _places(self.model) if id(t) in given})
         return Applied(written=tensors.keys())
 
@@ -174,7 +188,9 @@ class TorchEngine(Engine):
         """There is nothing to transform; memory that the load replaced is let go."""
         del layout
         if self._originals is not None:
-            self._originals = {place: t for place, t in self._originals.items() if t.is_meta}
+            kept = {place: t for place, t in self._originals.items() if t.is_meta}
+            self._written_in_place = self._written_in_place or len(kept) < len(self._originals)
+            self._originals = kept
 
     def tensors(self, layout: Layout) -> Mapping[str, torch.Tensor]:
         """Return parameters and persistent buffers by state-dict name, ties included."""
@@ -198,7 +214,10 @@ class TorchEngine(Engine):
         self._originals = None
         self._allocated = 0
         if self._written_in_place and self._reinit is not None:
-            self._reinit(self.model)
+            try:
+                self._reinit(self.model)
+            except Exception as exc:  # the caller's function may raise anything
+                raise EngineError(f"reinit= failed: {type(exc).__name__}: {exc}") from exc
             self._written_in_place = False
 
     def gather(self, value: object, timeout: float) -> Sequence[object]:
@@ -219,9 +238,9 @@ class TorchEngine(Engine):
             have, need = weights.meta(name), _meta_of(name, tensors[name])
             if have.shape != need.shape:
                 mismatched[name] = f"checkpoint has shape {list(have.shape)}, model {list(need.shape)}"
-            elif have.dtype != need.dtype and not (self._cast and may_cast):
-                mismatched[name] = (
-                    f"checkpoint has dtype {have.dtype}, model {need.dtype}; cast=True converts"
+            elif have.dtype != need.dtype and not (self._cast and may_cast and _castable(have, need)):
+                mismatched[name] = f"checkpoint has dtype {have.dtype}, model {need.dtype}" + (
+                    "; cast=True converts" if may_cast and _castable(have, need) else ""
                 )
         if not missing and not mismatched:
             return
@@ -253,6 +272,14 @@ class TorchEngine(Engine):
         for name, tensor in weights.stream(cast) if cast else ():
             cast[name].copy_(tensor)
             yield name
+
+    def _check_device(self, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+        due = self._device if old.is_meta else old.device
+        if new.device.type != due.type:
+            raise CoverageError(
+                f"tensor {name!r} lies on {new.device}, the model on {due}",
+                mismatched={name: f"on {new.device}, need {due}"},
+            )
 
     def _check_twin(self, name: str, out: torch.Tensor, weights: WeightSet) -> None:
         twin = weights[name].to(device=out.device, dtype=out.dtype)
@@ -301,10 +328,21 @@ def _places(model: nn.Module) -> Iterator[tuple[_Place, torch.Tensor]]:
 
 def _like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     """Return `data` as a tensor of the same class, flags and attributes as `old`."""
-    is_plain = type(old) is torch.Tensor
-    new = data if is_plain else torch.Tensor._make_subclass(type(old), data, old.requires_grad)
+    if type(old) is torch.Tensor:
+        new = data.view_as(data) if vars(old) else data  # attributes go on a tensor of our own
+    else:
+        new = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
     vars(new).update(vars(old))
     return new
+
+
+def _castable(have: TensorMeta, need: TensorMeta) -> bool:
+    """Whether torch would convert without changing what kind of number it is; packed types never."""
+    try:
+        kinds = dtypes.to_torch(have.dtype), dtypes.to_torch(need.dtype)
+    except KeyError:
+        return False
+    return "F4" not in (have.dtype, need.dtype) and torch.can_cast(*kinds)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -342,8 +380,8 @@ def _meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
 
 
 def _common_dtype(model: nn.Module) -> str | None:
-    found = {p.dtype for p in model.parameters()}
-    return dtypes.from_torch(found.pop()) if len(found) == 1 else None
+    found = {_meta_of(n, p).dtype for n, p in model.named_parameters()}
+    return found.pop() if len(found) == 1 else None
 
 
 def _refuse_what_cannot_be_written(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import attrs
@@ -59,7 +58,7 @@ def _names(given: Iterable[str]) -> frozenset[str]:
 
 
 def _axes(given: Mapping[str, Axis]) -> Mapping[str, Axis]:
-    return MappingProxyType(dict(given))
+    return dict(given)
 
 
 @attrs.frozen
@@ -83,7 +82,7 @@ class Topology:
     """
 
     world: Axis = Axis()
-    axes: Mapping[str, Axis] = attrs.field(factory=dict, converter=_axes)
+    axes: Mapping[str, Axis] = attrs.field(factory=dict, converter=_axes, hash=False)
 
     @classmethod
     def tensor_parallel(cls, size: int, rank: int) -> Topology:
@@ -137,7 +136,7 @@ class EngineInfo:
     role: str = "main"
     component: str | None = None
     accepts: frozenset[Layout] = attrs.field(default=frozenset({Layout.CHECKPOINT}), converter=_layouts)
-    shareable: Mapping[Layout, str] = attrs.field(factory=dict)
+    shareable: Mapping[Layout, str] = attrs.field(factory=dict, hash=False)
     mutates_after_load: str | None = None
 
 
@@ -183,6 +182,10 @@ class FormatClaim:
     required: bool = False
 
     def __attrs_post_init__(self) -> None:
+        for given, kind in ((self.roles, Role), (self.layouts, Layout)):
+            strangers = [value for value in given if not isinstance(value, kind)]
+            if strangers:
+                raise TypeError(f"{strangers[0]!r} is no {kind.__name__}")
         if (Role.PUBLISHER in self.roles) != (self.publish_at is not None):
             raise ValueError("a claim has publish_at exactly if it takes the role of a publisher")
         if self.publish_at is Layout.CHECKPOINT:

@@ -63,10 +63,14 @@ class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):
 
         found = self._find(request)
         threads = min(self.config.threads, len(found.files))
-        with ThreadPoolExecutor(threads, thread_name_prefix="weights-open") as pool:
-            shards = open_shards(found, pool)
+        if threads == 1:
+            shards = open_shards(found)
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="weights-open") as pool:
+                shards = open_shards(found, pool)
         component = request.engine.component
-        log.info("%s%d files of %s", f"{component}: " if component else "", len(shards), found.root)
+        files = f"{len(shards)} file{'s' * (len(shards) != 1)}"
+        log.info("%s%s of %s", f"{component}: " if component else "", files, found.root)
         if len(shards) < 2:
             return ShardSet(shards, provider="parallel_shards", notes=found.notes)
         return ParallelSet(

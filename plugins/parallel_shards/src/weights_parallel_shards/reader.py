@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from weights_core.disk import ShardSet
-from weights_core.errors import CheckpointError
+from weights_core.errors import CheckpointError, WeightsError
 from weights_core.shards import Shard
+from weights_core.tensors import nbytes
 from weights_core.weightset import Target
 from weights_parallel_shards.window import Window
 
@@ -23,10 +24,14 @@ T = TypeVar("T")
 
 @attrs.frozen(eq=False)
 class Job(Generic[T]):
-    """One tensor to read: what to call, and how many bytes it holds until it is consumed."""
+    """One tensor to read, and what to call for it.
+
+    Reading fetches `nbytes`; `held` of them are memory of ours until the consumer has the result.
+    """
 
     shard: Shard
     nbytes: int
+    held: int
     run: Callable[[], T]
 
 
@@ -55,8 +60,8 @@ class ParallelSet(ShardSet):
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors as they come in, each file in its own order."""
 
-        def job(name: str, nbytes: int) -> Job[tuple[str, torch.Tensor]]:
-            return Job(self.shard_of(name), nbytes, lambda: (name, self.read(name)))
+        def job(name: str, size: int) -> Job[tuple[str, torch.Tensor]]:
+            return Job(self.shard_of(name), size, size, lambda: (name, self.read(name)))
 
         wanted = self.metas.keys() if names is None else set(names)
         return self._run([job(m.name, m.nbytes) for m in self.metas.values() if m.name in wanted])
@@ -69,32 +74,37 @@ class ParallelSet(ShardSet):
                 self.read_into(target.name, target.out, target.slices)
                 return target
 
-            return Job(self.shard_of(target.name), 0, run)
+            size = nbytes(target.out)
+            straight = target.out.device.type == "cpu" and target.out.is_contiguous() and not target.slices
+            return Job(self.shard_of(target.name), size, 0 if straight else size, run)
 
         position = {name: index for index, name in enumerate(self.metas)}
         return self._run([job(t) for t in sorted(targets, key=lambda t: position[t.name])])
 
     def close(self) -> None:
         """Stop what is still being read, join the threads and close the files."""
-        for run in self._runs:
+        for run in list(self._runs):
             run.stop()
         super().close()
 
     def _run(self, jobs: list[Job[T]]) -> Iterator[T]:
         run = Run(jobs, self._threads, Window(self._max_host_bytes))
         self._runs.append(run)
-        total = sum(self.metas[name].nbytes for name in self.metas)
-        # disable=None hides the bar where standard error is no terminal
-        bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc="weights", disable=None if self._progress else True
-        )
-        with bar:
-            before = self.bytes_read
-            for item in run:
-                bar.update(self.bytes_read - before)
-                before = self.bytes_read
-                yield item
+        try:
+            with self._bar(sum(job.nbytes for job in jobs)) as bar:
+                yield from run.results(bar.update)
+        finally:
+            self._runs.remove(run)
         self.check_unchanged()
+
+    def _bar(self, total: int) -> _Bar:
+        # disable=None hides the bar where standard error is no terminal
+        disable = None if self._progress else True
+        return _Bar(total=total, unit="B", unit_scale=True, desc="weights", disable=disable)
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    monitor_interval = 0  # no monitor thread, which would outlive the load
 
 
 class Run(Generic[T]):
@@ -104,12 +114,18 @@ class Run(Generic[T]):
         self._by_shard: dict[Shard, list[Job[T]]] = {}
         for job in jobs:
             self._by_shard.setdefault(job.shard, []).append(job)
+        self._due = len(jobs)
         self._threads = threads
         self._window = window
         self._ready: queue.SimpleQueue[tuple[Job[T], T] | None] = queue.SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
 
-    def __iter__(self) -> Iterator[T]:
+    def results(self, progress: Callable[[int], object]) -> Iterator[T]:
+        """Yield every job's result, and tell `progress` the bytes of each.
+
+        Raises:
+            CheckpointError: a file could not be read, or `stop` was called meanwhile.
+        """
         if not self._by_shard:
             return
         self._pool = ThreadPoolExecutor(min(self._threads, len(self._by_shard)), "weights-read")
@@ -125,10 +141,15 @@ class Run(Generic[T]):
                     self._raise_failed(futures)
                     continue
                 job, item = ready
+                progress(job.nbytes)
+                self._due -= 1
                 yield item
-                self._window.give_back(job.nbytes)
+                self._window.give_back(job.held)
+                del ready, item  # the consumer's now; not to be kept while we wait for the next
         finally:
             self.stop()
+        if self._due:
+            raise CheckpointError("the set was closed while it was read")
 
     def stop(self) -> None:
         """Let running reads end, cancel the others, and join the threads; idempotent."""
@@ -141,17 +162,19 @@ class Run(Generic[T]):
 
     def _read_shard(self, shard: Shard, jobs: Iterable[Job[T]]) -> None:
         for job in jobs:
-            if not self._window.take(job.nbytes):
+            if not self._window.take(job.held):
                 return
-            try:
-                item = job.run()
-            except CheckpointError:
-                raise
-            except Exception as exc:
-                raise CheckpointError(
-                    f"could not be read: {type(exc).__name__}: {exc}", file=shard.path
-                ) from exc
-            self._ready.put((job, item))
+            self._ready.put((job, self._read(job)))
+
+    @staticmethod
+    def _read(job: Job[T]) -> T:
+        try:
+            return job.run()
+        except WeightsError:
+            raise
+        except Exception as exc:
+            why = f"could not be read: {type(exc).__name__}: {exc}"
+            raise CheckpointError(why, file=job.shard.path) from exc
 
     @staticmethod
     def _raise_failed(futures: Iterable[Future[None]]) -> None:
