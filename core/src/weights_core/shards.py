@@ -7,9 +7,8 @@ import abc
 import contextlib
 import ctypes
 import pickle
-import zipfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,7 +111,7 @@ class SafetensorsShard(Shard):
             _, skip = _row_bytes(meta, wanted[:1])
             self._read(meta, out.detach().reshape(-1).view(torch.uint8), skip)
         else:
-            out.copy_(self.read(name, slices))
+            out.detach().copy_(self.read(name, slices))
 
     def release(self, name: str) -> None:
         """Nothing is held."""
@@ -149,12 +148,17 @@ def _row_bytes(meta: TensorMeta, rows: tuple[range, ...]) -> tuple[int, int]:
     """Return how many bytes `rows` of the first dimension take, and how many lie before them."""
     if not rows:
         return meta.nbytes, 0
-    per_row = meta.nbytes // meta.shape[0] if meta.shape[0] else 0
+    count = meta.torch_shape[0]
+    per_row = meta.nbytes // count if count else 0
     return len(rows[0]) * per_row, rows[0].start * per_row
 
 
 class PickledShard(Shard):
-    """A file of `torch.save`, read with `weights_only=True` and mapped where its format allows."""
+    """A file of `torch.save`, read with `weights_only=True` and mapped where its format allows.
+
+    Being mapped, its tensors are only as safe as the file: do not rewrite or truncate it while it is
+    in use.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open and validate.
@@ -165,7 +169,7 @@ class PickledShard(Shard):
         self.path = path
         self._file = File(path)
         try:
-            self._tensors = _unpickle(path)
+            self._tensors = _unpickle(self._file)
             self.metas = {name: _pickled_meta(path, name, t) for name, t in self._tensors.items()}
         except BaseException:
             self._file.close()
@@ -184,7 +188,7 @@ class PickledShard(Shard):
         """Copy into `out`."""
         tensor = self.read(name, slices)
         check_destination(name, out, tuple(tensor.shape), tensor.dtype)
-        out.copy_(tensor)
+        out.detach().copy_(tensor)
 
     def release(self, name: str) -> None:
         """Drop the tensor; its memory goes with the last tensor on the same storage."""
@@ -200,11 +204,12 @@ class PickledShard(Shard):
         self._tensors.clear()
 
 
-def _unpickle(path: Path) -> dict[str, torch.Tensor]:
+def _unpickle(file: File) -> dict[str, torch.Tensor]:
     import torch
 
+    path = file.path
     try:
-        mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 are not, and cannot be mapped
+        mapped = file.read(min(4, file.size), 0) == _ZIP  # older than torch 1.6 are not, nor mappable
         loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as exc:
         raise CheckpointError(
@@ -213,7 +218,8 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
             file=path,
         ) from exc
     except Exception as exc:  # an untrusted parser may raise anything; all of it means "malformed"
-        raise CheckpointError(f"is not a readable file of torch.save: {exc}", file=path) from exc
+        why = str(exc) or type(exc).__name__
+        raise CheckpointError(f"is not a readable file of torch.save: {why}", file=path) from exc
     if not isinstance(loaded, dict):
         raise CheckpointError(f"holds a {type(loaded).__name__}, not a dict of tensors", file=path)
     for name, value in loaded.items():
@@ -223,7 +229,7 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
                 "so save the inner dict (often 'state_dict' or 'model') alone",
                 file=path,
             )
-    return dict(loaded)
+    return {name: tensor.detach().resolve_conj() for name, tensor in loaded.items()}
 
 
 def _pickled_meta(path: Path, name: str, tensor: torch.Tensor) -> TensorMeta:
@@ -235,10 +241,13 @@ def _pickled_meta(path: Path, name: str, tensor: torch.Tensor) -> TensorMeta:
         raise CheckpointError(f"cannot serve dtype {tensor.dtype}", file=path, tensor=name) from None
     if tensor.layout is not torch.strided:
         raise CheckpointError(f"cannot serve layout {tensor.layout}", file=path, tensor=name)
+    if tensor.device.type != "cpu":
+        raise CheckpointError(f"cannot serve device {tensor.device}", file=path, tensor=name)
     shape = dtypes.stored_shape(dtype, tuple(tensor.shape))
     return TensorMeta(name, shape, dtype, tensor.numel() * tensor.element_size(), path)
 
 
+_ZIP = b"PK\x03\x04"
 _OPENERS: dict[str, Callable[[Path], Shard]] = {"safetensors": SafetensorsShard, "torch": PickledShard}
 
 
@@ -258,7 +267,12 @@ def open_shards(found: CheckpointFiles, executor: Executor | None = None) -> lis
             undo.callback(shard.close)
             return shard
 
-        opened = list((executor.map if executor else map)(open_one, found.files))
+        if executor is None:
+            opened = [open_one(file) for file in found.files]
+        else:
+            futures = [executor.submit(open_one, file) for file in found.files]
+            wait(futures)  # all of them, so that none is opened after a failure has closed the others
+            opened = [future.result() for future in futures]
         _check_together(found, opened)
         undo.pop_all()
     return opened

@@ -84,11 +84,13 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
         return self.metas[name]
 
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield `(name, tensor)` for all tensors, or for `names`, in the fastest order."""
-        wanted = None if names is None else frozenset(names)
-        for name in self.metas:
-            if wanted is None or name in wanted:
-                yield name, self.read(name)
+        """Yield `(name, tensor)` for all tensors, or for `names`, in the fastest order.
+
+        Raises:
+            KeyError: the set has no tensor of one of the names.
+        """
+        for name in in_order(self.metas, names):
+            yield name, self.read(name)
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Bring a tensor, or the part that `slices` selects, into `out`.
@@ -98,7 +100,7 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
         """
         source = self.read(name, slices)
         check_destination(name, out, tuple(source.shape), source.dtype)
-        out.copy_(source)
+        out.detach().copy_(source)
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill every target and yield each as it is done, in the fastest order.
@@ -222,7 +224,7 @@ class LazyTensor:
     def __getitem__(self, index: object) -> torch.Tensor:
         """Read the selected part. Steps other than 1, and integers, read the dimension whole first."""
         items = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in items or len(items) > len(self.shape) or not all(_plain(i) for i in items):
+        if len(items) > len(self.shape) or not all(_plain(i) for i in items):
             return self._weights.read(self._meta.name)[index]  # type: ignore[index]
         return self._weights.read(self._meta.name, tuple(i for i in items if isinstance(i, slice)))
 
@@ -246,6 +248,20 @@ class _LazyView(Mapping[str, LazyTensor]):
 
 def _plain(item: object) -> bool:
     return isinstance(item, slice) and item.step in (None, 1)
+
+
+def in_order(metas: Mapping[str, TensorMeta], names: Collection[str] | None) -> list[str]:
+    """Return `names`, or all, in the order of `metas`.
+
+    Raises:
+        KeyError: one of `names` is not in `metas`.
+    """
+    if names is None:
+        return list(metas)
+    wanted = frozenset(names)
+    for name in wanted - metas.keys():
+        raise KeyError(name)
+    return [name for name in metas if name in wanted]
 
 
 def normalise(slices: Slices | None, shape: tuple[int, ...]) -> tuple[range, ...]:

@@ -16,7 +16,7 @@ from weights_core.disk import ShardSet
 from weights_core.errors import CheckpointError, WeightsError
 from weights_core.shards import Shard
 from weights_core.tensors import nbytes
-from weights_core.weightset import Target
+from weights_core.weightset import Target, in_order
 from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
@@ -60,11 +60,11 @@ class ParallelSet(ShardSet):
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors as they come in, each file in its own order."""
 
-        def job(name: str, size: int) -> Job[tuple[str, torch.Tensor]]:
+        def job(name: str) -> Job[tuple[str, torch.Tensor]]:
+            size = self.meta(name).nbytes
             return Job(self.shard_of(name), size, size, lambda: (name, self.read(name)))
 
-        wanted = self.metas.keys() if names is None else set(names)
-        return self._run([job(m.name, m.nbytes) for m in self.metas.values() if m.name in wanted])
+        return self._run([job(name) for name in in_order(self.metas, names)])
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill the targets, each file's in the order of its offsets."""
