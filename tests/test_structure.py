@@ -110,6 +110,22 @@ def test_importing_loads_no_torch_and_installs_no_handler(module):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_every_public_name_is_there_and_its_module_is_imported_only_when_it_is_used():
+    code = """
+import sys, weights_core
+assert not [m for m in sys.modules if m.startswith("weights_core.")]
+assert sorted(weights_core.__all__) == weights_core.__all__
+assert set(weights_core.__all__) <= set(dir(weights_core))
+for name in weights_core.__all__:
+    assert getattr(weights_core, name) is getattr(weights_core, name)
+try:
+    weights_core.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_explaining_needs_no_plugin_to_import_torch():
     code = """
 import sys

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,13 +36,25 @@ class Installed:
 def installed() -> tuple[Installed, ...]:
     """Return every plugin named by an entry point in the group `weights.plugins`, by name.
 
-    Reads one small file per distribution and parses only those that mention the group: three
-    times as fast as `importlib.metadata.entry_points`, which parses all.
+    The answer is kept until a folder on `sys.path` changes, as installing something does.
     """
+    return _scan(tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+def _changed(folder: str) -> int | None:
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _scan(_path: tuple[tuple[str, int | None], ...]) -> tuple[Installed, ...]:
     from importlib.metadata import distribution, distributions
 
     found = []
     for dist in distributions():
+        # parsing only those that mention the group is three times as fast as entry_points()
         if GROUP not in (dist.read_text("entry_points.txt") or ""):
             continue
         first = distribution(dist.name)  # of two copies, the first on the path is the one Python imports

@@ -201,7 +201,8 @@ class Hooks:
     def _check_hooks(self, instance: object) -> None:
         for hook in hookspecs.HOOKS:
             mine = [i for i in getattr(self._manager.hook, hook).get_hookimpls() if i.plugin is instance]
-            if hasattr(instance, hook) and self._manager.parse_hookimpl_opts(instance, hook) is None:
+            named = getattr(instance, hook, None)
+            if named is not None and named not in [implementation.function for implementation in mine]:
                 raise PluginContractError(
                     f"{hook} is named like a hook but not marked with @hookimpl: it would never run"
                 )
