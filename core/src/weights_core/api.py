@@ -12,6 +12,7 @@ from weights_core.config import Settings
 from weights_core.engine import Engine
 from weights_core.errors import CheckpointError, CleanupError, PluginConfigError
 from weights_core.host import PluginHost
+from weights_core.progress import Show
 from weights_core.report import LoadReport
 from weights_core.session import Session
 from weights_core.types import Layout, LoadRequest
@@ -27,6 +28,7 @@ def open_session(
     *,
     host: PluginHost | None = None,
     unused: Literal["report", "refuse"] = "report",
+    progress: Show = "rank 0",
 ) -> Session:
     """Return a session for one load, for engines that drive the steps themselves.
 
@@ -37,6 +39,7 @@ def open_session(
         config: plugin name → setting → value; over what `WEIGHTS_CONFIG` says.
         host: the plugins to choose from; by default all that are installed.
         unused: what to do with tensors of the checkpoint that the engine did not take.
+        progress: which ranks show a bar on standard error, where that is a terminal.
 
     Raises:
         PluginError: the settings or the installed plugins are in conflict, or `config` is given
@@ -51,7 +54,7 @@ def open_session(
         format=(format,) if isinstance(format, str) else tuple(format),
         unused=unused,
     )
-    return chosen.session(request, engine)
+    return chosen.session(request, engine, progress=progress)
 
 
 def load(
@@ -62,6 +65,7 @@ def load(
     *,
     host: PluginHost | None = None,
     unused: Literal["report", "refuse"] = "report",
+    progress: Show = "rank 0",
 ) -> LoadReport:
     """Load a checkpoint into an engine: every step of a session, post-load and publishing included.
 
@@ -75,7 +79,8 @@ def load(
         >>> report = load(TorchEngine(model), "path/to/checkpoint")
         >>> print(report)
     """
-    with open_session(engine, checkpoint, format, config, host=host, unused=unused) as session:
+    opened = open_session(engine, checkpoint, format, config, host=host, unused=unused, progress=progress)
+    with opened as session:
         session.resolve()
         session.load()
         session.apply()
@@ -92,6 +97,7 @@ def load_pipeline(
     config: Settings | None = None,
     *,
     host: PluginHost | None = None,
+    progress: Show = "rank 0",
 ) -> dict[str, LoadReport]:
     """Load the components of a pipeline one after the other, each into its own engine.
 
@@ -104,6 +110,7 @@ def load_pipeline(
         format: as `open_session`.
         config: as `open_session`.
         host: as `open_session`.
+        progress: as `open_session`.
 
     Raises:
         CheckpointError: a component is not in the pipeline.
@@ -121,7 +128,7 @@ def load_pipeline(
     reports: dict[str, LoadReport] = {}
     try:
         for name, engine in engines.items():
-            reports[name] = load(engine, checkpoint, format, config, host=host)
+            reports[name] = load(engine, checkpoint, format, config, host=host, progress=progress)
     except BaseException as exc:
         for report in reports.values():
             try:

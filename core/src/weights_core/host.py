@@ -12,6 +12,7 @@ from weights_core.discovery import BUILT_IN, Installed, built_in, check_names, i
 from weights_core.engine import Engine
 from weights_core.errors import PluginConfigError, PluginError, PluginNotFoundError
 from weights_core.hooks import Hooks, LeftOut
+from weights_core.progress import Show
 from weights_core.session import Session
 from weights_core.types import LoadRequest
 
@@ -80,9 +81,9 @@ class PluginHost:
             block=settings.blocked(environ),
         )
 
-    def session(self, request: LoadRequest, engine: Engine) -> Session:
+    def session(self, request: LoadRequest, engine: Engine, *, progress: Show = "rank 0") -> Session:
         """Return a new session for one load; nothing happens until its first step."""
-        return Session(self.hooks, request, engine)
+        return Session(self.hooks, request, engine, progress=progress)
 
     def hooks(self, request: LoadRequest) -> Hooks:
         """Import and register the chosen plugins, new instances of each.

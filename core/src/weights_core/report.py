@@ -3,36 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import resource
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
 
 from weights_core.lease import Lease
+from weights_core.meter import Phase, Sample
 from weights_core.types import Applied, Plan, PublishReceipt
 
 MIB = 1 << 20
-_INTERVAL = 0.02
-
-
-@attrs.frozen(kw_only=True)
-class Phase:
-    """One phase of a load. `nbytes` were fetched in it; `peak_rss` is this process's, in bytes."""
-
-    name: str
-    seconds: float
-    nbytes: int
-    peak_rss: int
-
-    @property
-    def gb_per_s(self) -> float:
-        """Gigabytes (1e9) per second, 0 for a phase that fetched nothing."""
-        return self.nbytes / self.seconds / 1e9 if self.nbytes and self.seconds else 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -54,6 +33,7 @@ class LoadReport:
     plan: Plan
     attempts: tuple[Attempt, ...]
     phases: tuple[Phase, ...]
+    samples: tuple[Sample, ...]
     applied: Applied
     receipts: tuple[PublishReceipt, ...]
     notes: tuple[str, ...]
@@ -118,62 +98,3 @@ def render_decision(plugin: str, distribution: str, roles: frozenset[object], re
     """Return one line on why a plugin takes part or not."""
     taken = "+".join(sorted(str(getattr(role, "value", role)) for role in roles)) or "not used"
     return f"{taken:<16} {plugin} ({distribution}): {reason}"
-
-
-class Meter:
-    """Measures phases; a thread samples resident memory every 20 ms while the meter runs."""
-
-    def __init__(self) -> None:
-        self.phases: list[Phase] = []
-        self.start_rss = rss()
-        self._peak = self.start_rss
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="weights-meter", daemon=True)
-
-    def start(self) -> None:
-        """Start sampling."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop sampling and join the thread; idempotent."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[PhaseBytes]:
-        """Measure a phase; it is recorded if its block ends without an error."""
-        tally = PhaseBytes()
-        high = _high_water()
-        self._peak = rss()
-        began = time.perf_counter()
-        yield tally
-        seconds = time.perf_counter() - began
-        peak = max(self._peak, rss())
-        if _high_water() > high:  # the process's record was broken in this phase: exact, not sampled
-            peak = max(peak, _high_water())
-        self.phases.append(Phase(name=name, seconds=seconds, nbytes=tally.nbytes, peak_rss=peak))
-
-    def _sample(self) -> None:
-        while not self._stop.wait(_INTERVAL):
-            self._peak = max(self._peak, rss())
-
-
-@attrs.define
-class PhaseBytes:
-    """What a running phase reports of itself."""
-
-    nbytes: int = 0
-
-
-def rss() -> int:
-    """Return this process's resident memory in bytes; 0 where /proc does not tell."""
-    try:
-        with open("/proc/self/statm", "rb") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:
-        return 0
-
-
-def _high_water() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -29,9 +29,11 @@ from weights_core.errors import (
 )
 from weights_core.hooks import Hooks
 from weights_core.lease import Lease
+from weights_core.meter import Meter
 from weights_core.planning import make_plan
+from weights_core.progress import Progress, Show
 from weights_core.ranks import Ranks
-from weights_core.report import LoadReport, Meter
+from weights_core.report import LoadReport
 from weights_core.types import Applied, Layout, LoadRequest, Outcome, Plan, PublishReceipt
 from weights_core.weightset import WeightSet
 
@@ -61,20 +63,24 @@ class Session:
     on one thread; a step out of order raises `LifecycleError`.
     """
 
-    def __init__(self, open_hooks: OpenHooks, request: LoadRequest, engine: Engine) -> None:
+    def __init__(
+        self, open_hooks: OpenHooks, request: LoadRequest, engine: Engine, *, progress: Show = "rank 0"
+    ) -> None:
         """Prepare; nothing happens until `resolve`.
 
         Args:
             open_hooks: returns the registered plugins for the request.
             request: what to load; the engine's own `checkpoint`, if it has one, overrides it.
             engine: what to load it into.
+            progress: which ranks show a bar on standard error, if that is a terminal.
         """
         own = engine.checkpoint
         self.request = request if own is None else attrs.evolve(request, checkpoint=own)
         self.engine = engine
         self.state = State.NEW
         self._open_hooks = open_hooks
-        self._meter = Meter()
+        self._progress = Progress(progress, request.rank, request.engine.topology.world.size)
+        self._meter = Meter(self._bytes_read, self._progress.show)
         self._lease = Lease()
         self._ranks = Ranks(engine, request.rank, request.timeout)
         self._hooks: Hooks | None = None
@@ -129,7 +135,7 @@ class Session:
             WeightsError: the weights could not be applied.
         """
         self._expect(State.LOADED)
-        with self._measure("apply"):
+        with contextlib.closing(self._progress), self._measure("apply"):
             self._applied = self._apply_or_fall_back()
         self.state = State.APPLIED
         with self._measure("before_post_load"):
@@ -232,6 +238,7 @@ class Session:
         chain = _known(self._chain)
         while True:
             provided = _known(self._provided)
+            self._progress.start(_due_bytes(provided.weights, self.engine))
             applied, error = self._try_apply(provided)
             if self._ranks.agree("apply", provided.provider, error) and applied is not None:
                 return applied
@@ -337,6 +344,7 @@ class Session:
             plan=self.plan,
             attempts=tuple(_known(self._chain).attempts),
             phases=tuple(self._meter.phases),
+            samples=tuple(self._meter.samples),
             applied=_known(self._applied),
             receipts=tuple(self._receipts),
             notes=tuple(self._notes),
@@ -348,10 +356,8 @@ class Session:
     @contextlib.contextmanager
     def _measure(self, phase: str) -> Iterator[None]:
         self._phase = phase
-        with self._meter.phase(phase) as tally:
-            before = self._bytes_read()
+        with self._meter.phase(phase):
             yield
-            tally.nbytes = max(0, self._bytes_read() - before)
         done = self._meter.phases[-1]
         log.info("%s: %.3f s, %.1f MB", done.name, done.seconds, done.nbytes / 1e6)
 
@@ -364,6 +370,12 @@ class Session:
                 f"the session is {self.state.value}, "
                 f"this step needs it to be {' or '.join(state.value for state in states)}"
             )
+
+
+def _due_bytes(weights: WeightSet, engine: Engine) -> int:
+    """The bytes that will be fetched: all, or those of the names that set and engine share."""
+    due = engine.expected(weights.layout).keys() & weights.metas.keys() or weights.metas.keys()
+    return sum(weights.meta(name).nbytes for name in due)
 
 
 def _known(value: T | None) -> T:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -12,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
-import tqdm
 from safetensors.torch import load_file
 from torch import nn
 
@@ -72,8 +70,7 @@ def assert_holds(model, tensors):
 
 
 def threads():
-    """All threads but the one that tqdm keeps for itself, which has a test of its own."""
-    return {t for t in threading.enumerate() if not isinstance(t, tqdm.TMonitor)}
+    return set(threading.enumerate())
 
 
 def open_files(folder):
@@ -171,7 +168,7 @@ print(claim.fit.name, "torch" in sys.modules, threading.active_count())
 
 def test_settings_by_default():
     config = ParallelShardsConfig()
-    assert (config.threads, config.max_host_bytes, config.progress) == (4, 256 << 20, True)
+    assert (config.threads, config.max_host_bytes) == (4, 256 << 20)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +181,6 @@ def test_settings_by_default():
         ({"threads": True}, "threads"),
         ({"max_host_bytes": 0}, "max_host_bytes"),
         ({"max_host_bytes": "1 GB"}, "max_host_bytes"),
-        ({"progress": 1}, "progress"),
         ({"thread": 4}, "no setting 'thread' .did you mean 'threads'"),
         ({"threads": 4, "nonsense": 1}, "no setting 'nonsense'"),
     ],
@@ -444,50 +440,6 @@ def test_an_interrupted_load_joins_its_threads_and_leaves_a_meta_model_untouched
     assert threads() == before
     assert open_files(folder) == []
     assert_nothing_was_applied(model)
-
-
-# Progress ---------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_bar_is_shown_on_a_terminal(tmp_path, monkeypatch, kind):
-    tensors = tensors_of(6)
-    folder = write_checkpoint(tmp_path, tensors, shards=3, kind=kind)
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    weights_core.load(TorchEngine(model_for(tensors)), folder, host=host())
-    assert "100%" in screen.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("settings", "screen"),
-    [({}, io.StringIO), ({"progress": False}, Terminal), ({"progress": True}, io.StringIO)],
-)
-def test_nothing_is_written_without_a_terminal_or_with_progress_off(tmp_path, monkeypatch, settings, screen):
-    tensors = tensors_of(6)
-    folder = write_checkpoint(tmp_path, tensors, shards=3)
-    stderr = screen()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    weights_core.load(TorchEngine(model_for(tensors)), folder, host=host(**settings))
-    assert stderr.getvalue() == ""
-
-
-@pytest.mark.parametrize("rank", [0, 1, 3])
-def test_only_rank_0_shows_a_bar(tmp_path, monkeypatch, rank):
-    tensors = tensors_of(6)
-    folder = write_checkpoint(tmp_path, tensors, shards=3)
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    request = request_for(folder, topology=Topology(world=Axis(4, rank)))
-    weights = plugin_with().load_weights(request, TorchEngine(model_for(tensors)), Below())
-    with contextlib.closing(weights):
-        assert len(dict(weights.stream())) == 6
-    assert ("100%" in screen.getvalue()) is (rank == 0)
 
 
 def test_two_ranks_load_the_same_bytes(tmp_path):

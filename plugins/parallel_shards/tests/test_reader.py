@@ -3,17 +3,14 @@
 import contextlib
 import functools
 import gc
-import io
 import os
 import signal
-import sys
 import threading
 import time
 import weakref
 
 import pytest
 import torch
-import tqdm
 from safetensors.torch import load_file
 
 from weights_core.checkpoint import find
@@ -55,11 +52,11 @@ def oracle(folder):
     return found
 
 
-def parallel(folder, *, shard=None, threads=4, max_host_bytes=1 << 20, progress=False):
+def parallel(folder, *, shard=None, threads=4, max_host_bytes=1 << 20):
     """A set over the files of a folder, each opened by `shard` if it is given."""
     found = find(folder)
     shards = [shard(path) for path in found.files] if shard else open_shards(found)
-    return ParallelSet(shards, threads=threads, max_host_bytes=max_host_bytes, progress=progress)
+    return ParallelSet(shards, threads=threads, max_host_bytes=max_host_bytes)
 
 
 def assert_same(have, want):
@@ -75,8 +72,7 @@ def assert_equal(have, want):
 
 
 def threads():
-    """All threads but the one that tqdm keeps for itself, which has a test of its own."""
-    return {t for t in threading.enumerate() if not isinstance(t, tqdm.TMonitor)}
+    return set(threading.enumerate())
 
 
 def open_files(folder):
@@ -677,58 +673,3 @@ def test_closing_from_another_thread_ends_a_consumer_that_waits(tmp_path):
         worker.join(PATIENCE)
     assert closed.is_set()
     assert len(ended) == 1
-
-
-# Progress ---------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("how", ["stream", "fill"])
-def test_a_bar_is_shown_on_a_terminal(tmp_path, monkeypatch, how):
-    folder = write_checkpoint(tmp_path, kilobytes(12), shards=3)
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    with contextlib.closing(parallel(folder, progress=True)) as weights:
-        consume(weights, how)
-    assert "weights" in screen.getvalue()
-    assert "100%" in screen.getvalue()
-    assert "12.3k/12.3k" in screen.getvalue()
-
-
-@pytest.mark.parametrize("names", [{"t000"}, {"t001", "t002", "t007"}])
-def test_the_bar_of_a_part_ends_at_100_percent(tmp_path, monkeypatch, names):
-    folder = write_checkpoint(tmp_path, kilobytes(12), shards=3)
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    with contextlib.closing(parallel(folder, progress=True)) as weights:
-        list(weights.stream(names))
-    assert "100%" in screen.getvalue()
-
-
-@pytest.mark.parametrize("how", ["stream", "fill"])
-@pytest.mark.parametrize(("progress", "screen"), [(True, io.StringIO), (False, Terminal)])
-def test_no_bar_without_a_terminal_or_if_not_wanted(tmp_path, monkeypatch, how, progress, screen):
-    folder = write_checkpoint(tmp_path, kilobytes(12), shards=3)
-    stderr = screen()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    with contextlib.closing(parallel(folder, progress=progress)) as weights:
-        consume(weights, how)
-    assert stderr.getvalue() == ""
-
-
-@pytest.mark.parametrize("progress", [True, False])
-def test_the_bar_leaves_no_thread_of_tqdm_behind(tmp_path, monkeypatch, progress):
-    monkeypatch.setattr(tqdm.tqdm, "monitor", None)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    before = set(threading.enumerate())
-    folder = write_checkpoint(tmp_path, kilobytes(12), shards=3)
-    with contextlib.closing(parallel(folder, progress=progress)) as weights:
-        consume(weights, "stream")
-    started = set(threading.enumerate()) - before
-    for thread in [t for t in started if isinstance(t, tqdm.TMonitor)]:
-        thread.exit()
-    assert started == set()

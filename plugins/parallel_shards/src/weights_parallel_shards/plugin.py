@@ -25,12 +25,11 @@ class ParallelShardsConfig:
     """Settings.
 
     `threads` files are read at a time. A consumer that streams is kept ahead of by at most
-    `max_host_bytes`. `progress` shows a bar on rank 0 where standard error is a terminal.
+    `max_host_bytes`.
     """
 
     threads: int = attrs.field(default=4, validator=attrs.validators.ge(1))
     max_host_bytes: int = attrs.field(default=256 << 20, validator=attrs.validators.ge(1))
-    progress: bool = True
 
 
 class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):
@@ -78,7 +77,6 @@ class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):
             notes=found.notes,
             threads=threads,
             max_host_bytes=self.config.max_host_bytes,
-            progress=self.config.progress and request.rank == 0,
         )
 
     def _find(self, request: LoadRequest) -> CheckpointFiles:

@@ -10,7 +10,6 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 import torch
-from tqdm import tqdm
 
 from weights_core.disk import ShardSet
 from weights_core.errors import CheckpointError, WeightsError
@@ -26,11 +25,10 @@ T = TypeVar("T")
 class Job(Generic[T]):
     """One tensor to read, and what to call for it.
 
-    Reading fetches `nbytes`; `held` of them are memory of ours until the consumer has the result.
+    `held` bytes of the result are memory of ours until the consumer has it.
     """
 
     shard: Shard
-    nbytes: int
     held: int
     run: Callable[[], T]
 
@@ -49,20 +47,17 @@ class ParallelSet(ShardSet):
         notes: tuple[str, ...] = (),
         threads: int,
         max_host_bytes: int,
-        progress: bool,
     ) -> None:
         super().__init__(shards, provider="parallel_shards", notes=notes)
         self._threads = threads
         self._max_host_bytes = max_host_bytes
-        self._progress = progress
         self._runs: list[Run[Any]] = []
 
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors as they come in, each file in its own order."""
 
         def job(name: str) -> Job[tuple[str, torch.Tensor]]:
-            size = self.meta(name).nbytes
-            return Job(self.shard_of(name), size, size, lambda: (name, self.read(name)))
+            return Job(self.shard_of(name), self.meta(name).nbytes, lambda: (name, self.read(name)))
 
         return self._run([job(name) for name in in_order(self.metas, names)])
 
@@ -74,9 +69,8 @@ class ParallelSet(ShardSet):
                 self.read_into(target.name, target.out, target.slices)
                 return target
 
-            size = nbytes(target.out)
             straight = target.out.device.type == "cpu" and target.out.is_contiguous() and not target.slices
-            return Job(self.shard_of(target.name), size, 0 if straight else size, run)
+            return Job(self.shard_of(target.name), 0 if straight else nbytes(target.out), run)
 
         position = {name: index for index, name in enumerate(self.metas)}
         return self._run([job(t) for t in sorted(targets, key=lambda t: position[t.name])])
@@ -91,20 +85,10 @@ class ParallelSet(ShardSet):
         run = Run(jobs, self._threads, Window(self._max_host_bytes))
         self._runs.append(run)
         try:
-            with self._bar(sum(job.nbytes for job in jobs)) as bar:
-                yield from run.results(bar.update)
+            yield from run.results()
         finally:
             self._runs.remove(run)
         self.check_unchanged()
-
-    def _bar(self, total: int) -> _Bar:
-        # disable=None hides the bar where standard error is no terminal
-        disable = None if self._progress else True
-        return _Bar(total=total, unit="B", unit_scale=True, desc="weights", disable=disable)
-
-
-class _Bar(tqdm):  # type: ignore[type-arg]
-    monitor_interval = 0  # no monitor thread, which would outlive the load
 
 
 class Run(Generic[T]):
@@ -120,8 +104,8 @@ class Run(Generic[T]):
         self._ready: queue.SimpleQueue[tuple[Job[T], T] | None] = queue.SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
 
-    def results(self, progress: Callable[[int], object]) -> Iterator[T]:
-        """Yield every job's result, and tell `progress` the bytes of each.
+    def results(self) -> Iterator[T]:
+        """Yield every job's result as it is ready.
 
         Raises:
             CheckpointError: a file could not be read, or `stop` was called meanwhile.
@@ -141,7 +125,6 @@ class Run(Generic[T]):
                     self._raise_failed(futures)
                     continue
                 job, item = ready
-                progress(job.nbytes)
                 self._due -= 1
                 yield item
                 self._window.give_back(job.held)
