@@ -330,7 +330,7 @@ def test_plugins_shows_which_work_which_are_broken_and_why(install, monkeypatch)
     assert lines["tape"].split() == ["tape", "weights-tape", "1.0", "ok"]
     assert "broken: plugin 'absent' of weights-absent 1.0 cannot be imported" in lines["absent"]
     assert "no libtape" in lines["absent"]
-    assert "weights_api = 2" in lines["newer"]
+    assert "upgrade weights-core" in lines["newer"]
     assert lines["blocked"].split()[-1] == "blocked"
 
 

@@ -16,8 +16,15 @@ def test_exactly_what_is_expected_is_accepted_and_returned():
 
 
 def test_nothing_is_expected_of_an_engine_without_tensors():
-    applied = Applied(written=())
+    applied = Applied(written=(), unused=())
     assert check("toy", {}, applied, "refuse") is applied
+
+
+def test_an_engine_that_cannot_say_what_it_left_unused_cannot_refuse_it():
+    applied = Applied(written=())
+    assert check("toy", {}, applied, "report") is applied
+    with pytest.raises(CoverageError, match="can't say what it left unused"):
+        check("toy", {}, applied, "refuse")
 
 
 @pytest.mark.parametrize("reported", [None, {"a", "b", "c"}, True, "abc", ["a", "b", "c"]])

@@ -195,13 +195,11 @@ def fill(weights):
 
 
 @pytest.mark.parametrize("use", [stream, fill])
-def test_a_file_changed_meanwhile_is_found_at_the_end(weights, use):
-    reading = use(weights)
-    next(reading)
-    changed = weights.shards[-1].path
+def test_a_file_changed_meanwhile_is_found_when_it_is_read(weights, use):
+    changed = weights.shard_of("t0").path
     touch_later(changed)
-    with pytest.raises(CheckpointError, match=f"{changed}: .*changed while it was read"):
-        next(reading)
+    with pytest.raises(CheckpointError, match=f"{changed}.*changed while it was read"):
+        list(use(weights))
 
 
 @pytest.mark.parametrize("use", [stream, fill])
@@ -221,8 +219,7 @@ def test_a_file_truncated_meanwhile_ends_the_stream(tmp_path):
     reading = weights.stream()
     next(reading)
     os.truncate(weights.shards[0].path, weights.metas["t2"].offset + 1)
-    assert next(reading)[0] == "t1"
-    with pytest.raises(CheckpointError, match=r"model.safetensors, tensor 't2', byte .*shorter"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors, tensor 't1'.*changed"):
         next(reading)
 
 

@@ -29,7 +29,7 @@ def write(path, header, data=b""):
 
 
 def read(path):
-    return read_header(File(path))
+    return read_header(File(path)).metas
 
 
 def refusal(path, tensor=None):  # what the error says after it has named the file and the tensor

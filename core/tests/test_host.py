@@ -71,8 +71,12 @@ def unimportable():
 BROKEN_IMPORT = Installed(name="tape", distribution="weights-tape", version="1.0", load=unimportable)
 BROKEN = {
     "import": (BROKEN_IMPORT, PluginLoadError, "libtape"),
-    "newer": (installed_as("tape", Newer), PluginVersionError, "weights_api = 2.*needs 1"),
-    "unversioned": (installed_as("tape", Unversioned), PluginVersionError, "weights_api = None"),
+    "newer": (
+        installed_as("tape", Newer),
+        PluginVersionError,
+        "speaks 1: upgrade weights-core",
+    ),
+    "unversioned": (installed_as("tape", Unversioned), PluginVersionError, "weights_api = 1"),
     "constructor": (installed_as("tape", Unbuildable), PluginLoadError, "cannot be built: OSError: no drive"),
     "hook": (installed_as("tape", Misnamed), PluginContractError, "engines"),
 }

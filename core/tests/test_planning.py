@@ -125,9 +125,18 @@ def test_named_sources_come_first_in_the_given_order_then_the_rest_best_fit_firs
     assert plan(host, "c", "b").sources == ("c", "b", "a", "d", "disk")
 
 
-def test_auto_among_named_sources_changes_nothing():
-    host = host_of(a=source(Fit.BEST), c=source(Fit.POSSIBLE))
-    assert plan(host, "c", "auto").sources == ("c", "a", "disk")
+@pytest.mark.parametrize("named", [("c", "auto"), ("auto", "disk"), ("auto", "auto")])
+def test_auto_stands_alone(named):
+    with pytest.raises(FormatUnresolvedError, match="'auto' alone, or names of plugins"):
+        plan(host_of(c=source(Fit.POSSIBLE)), *named)
+
+
+def test_a_source_that_is_not_asked_is_said_not_to_be_and_its_hooks_do_not_run():
+    made = plan(host_of(a=source(Fit.BEST)), "disk")
+    assert made.active == ("disk",)
+    decision = next(d for d in made.decisions if d.plugin == "a")
+    assert decision.roles == frozenset()
+    assert "the format ends at 'disk'" in decision.reason
 
 
 def test_naming_the_disk_ends_the_list():
@@ -168,7 +177,7 @@ def test_a_source_whose_layouts_the_engine_does_not_accept_stays_out():
     host = host_of(final=source(layouts={Layout.FINAL, Layout.SHARDED}))
     made = plan(host)
     assert made.sources == ("disk",)
-    assert reasons(made)["final"] == "delivers final or sharded, engine toy accepts checkpoint"
+    assert reasons(made)["final"] == "reads tapes; delivers final or sharded, engine toy accepts checkpoint"
 
 
 def test_one_common_layout_is_enough():
@@ -191,7 +200,11 @@ def test_when_nobody_can_serve_the_error_gives_everyones_reason():
         plan(host)
     text = str(info.value)
     assert text.startswith("no plugin can serve this load: ")
-    for part in ("no: no tape", "final: delivers final, engine toy accepts checkpoint", "disk: blocked"):
+    for part in (
+        "no: no tape",
+        "; delivers final, engine toy accepts",
+        "disk: blocked",
+    ):
         assert part in text
 
 

@@ -134,14 +134,15 @@ def test_a_rank_that_never_answers_is_a_timeout_not_a_hang(checkpoint):
         return host_of()
 
     first, second = run(checkpoint, None, timeout=0.2, host=host)
-    with pytest.raises(errors.RanksDisagreeError, match=r"rank 0 waited 0\.2 s"):
+    with pytest.raises(errors.RanksDisagreeError, match=r"rank 0, at resolve of 'disk', waited 0\.2 s"):
         first.result()
     with pytest.raises(RuntimeError, match="died"):
         second.result()
 
 
 def test_a_gather_of_something_else_is_an_error(checkpoint):
-    engine = w.TorchEngine(nn.Linear(3, 2), gather=lambda value, timeout: [value, "noise"])
+    topology = w.Topology.tensor_parallel(2, 0)
+    engine = w.TorchEngine(nn.Linear(3, 2), topology=topology, gather=lambda value, _: [value, "noise"])
     with pytest.raises(errors.RanksDisagreeError, match="noise"):
         w.load(engine, checkpoint, host=host_of())
 

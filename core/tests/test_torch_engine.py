@@ -20,8 +20,8 @@ from weights_core.errors import (
     CheckpointError,
     CoverageError,
     EngineError,
-    LoadError,
     PublishError,
+    WeightsError,
 )
 from weights_core.plugin import ProviderPlugin, PublisherPlugin
 from weights_core.shards import open_shards
@@ -350,9 +350,10 @@ def test_a_set_that_fails_half_way_leaves_a_meta_model_untouched(tmp_path, kind,
     model = on_meta(Net)
     before = state(model)
     folder = saved(tmp_path, model)
-    with pytest.raises((CheckpointError, LoadError, KeyboardInterrupt)) as caught:
+    with pytest.raises((WeightsError, KeyboardInterrupt)) as caught:
         load(TorchEngine(model), folder, host=host_of(flaky=fails_with(error, count)))
-    assert caught.value is error or caught.value.__cause__ is error
+    causes = [caught.value, caught.value.__cause__, getattr(caught.value.__cause__, "__cause__", None)]
+    assert any(cause is error for cause in causes)
     assert caught.value.__notes__ == ["the engine is untouched"]
     assert state(model) == before
     load(TorchEngine(model), folder)
@@ -409,8 +410,8 @@ def test_an_in_place_load_that_another_provider_could_take_over_aborts_without_r
     host = host_of(flaky=fails_with(LoadFailed("the line is cut", mutated=False)))
     with pytest.raises(EngineError, match="written in place") as caught:
         load(TorchEngine(model), saved(tmp_path, model), host=host)
-    assert any("the line is cut" in note for note in caught.value.__notes__)
-    assert any("do not use it" in note for note in caught.value.__notes__)
+    assert "the line is cut" in str(caught.value)
+    assert caught.value.__notes__ == ["do not use the engine"]
 
 
 def test_with_reinit_the_next_provider_takes_over_an_in_place_load(tmp_path):
@@ -515,9 +516,7 @@ def test_another_dtype_is_refused_naming_both(tmp_path, make):
         (torch.float32, torch.bfloat16),
         (torch.bfloat16, torch.float32),
         (torch.float64, torch.float16),
-        (torch.float32, torch.float8_e4m3fn),
         (torch.int64, torch.int32),
-        (torch.bool, torch.float32),
     ],
 )
 def test_cast_converts_as_torch_does(tmp_path, stored, held, device):
@@ -559,8 +558,8 @@ def test_many_mismatches_are_listed_and_counted(tmp_path):
     tensors = {name: torch.zeros(3, 3) for name in model.state_dict()}
     error, weights = refused(TorchEngine(model), write_checkpoint(tmp_path, tensors))
     assert error.mismatched.keys() == tensors.keys()
-    assert str(error).count("checkpoint has shape") == 8
-    assert "and 12 more that do not fit" in str(error)
+    assert str(error).count("checkpoint has shape") == 1  # once for all that have it in common
+    assert "20 tensors: 0.weight" in str(error)
     assert weights.bytes_read == 0
 
 
@@ -841,11 +840,11 @@ def test_reinit_after_bind_puts_the_models_own_parameters_back():
         assert engine.untouched()
 
 
-def test_reinit_after_post_load_does_not_claim_to_have_restored_what_was_let_go():
+def test_reinit_after_the_load_does_not_claim_to_have_restored_what_was_let_go():
     model = Net()
     engine = TorchEngine(model)
     engine.bind(Held(seeded(model)))
-    engine.post_load(Layout.SHARDED)
+    engine.loaded()
     with pytest.raises(EngineError):
         engine.reinit()
 

@@ -10,12 +10,12 @@ from typing import Literal
 from weights_core.checkpoint import components
 from weights_core.config import Settings
 from weights_core.engine import Engine
-from weights_core.errors import CheckpointError, CleanupError, PluginConfigError
+from weights_core.errors import CheckpointError, CleanupError, EngineError, PluginConfigError
 from weights_core.host import PluginHost
 from weights_core.progress import Show
 from weights_core.report import LoadReport
 from weights_core.session import Session
-from weights_core.types import Layout, LoadRequest
+from weights_core.types import EngineInfo, Layout, LoadRequest
 
 Format = str | Sequence[str]
 
@@ -29,6 +29,7 @@ def open_session(
     host: PluginHost | None = None,
     unused: Literal["report", "refuse"] = "report",
     progress: Show = "rank 0",
+    timeout: float = 600.0,
 ) -> Session:
     """Return a session for one load, for engines that drive the steps themselves.
 
@@ -40,18 +41,25 @@ def open_session(
         host: the plugins to choose from; by default all that are installed.
         unused: what to do with tensors of the checkpoint that the engine did not take.
         progress: which ranks show a bar on standard error, where that is a terminal.
+        timeout: seconds that a rank waits for the others.
 
     Raises:
+        EngineError: `engine` is none.
         PluginError: the settings or the installed plugins are in conflict, or `config` is given
             beside a `host`, which has its own.
     """
+    if not isinstance(getattr(engine, "info", None), EngineInfo):
+        raise EngineError(
+            f"a {type(engine).__name__} is no engine: wrap a torch module in TorchEngine, or subclass Engine"
+        )
     if host is not None and config is not None:
         raise PluginConfigError("config is the host's: give it to PluginHost, or leave out host")
     chosen = host or PluginHost.discover(config)
     request = LoadRequest(
         checkpoint=Path(checkpoint),
         engine=engine.info,
-        format=(format,) if isinstance(format, str) else tuple(format),
+        format=format,
+        timeout=timeout,
         unused=unused,
     )
     return chosen.session(request, engine, progress=progress)
@@ -66,6 +74,7 @@ def load(
     host: PluginHost | None = None,
     unused: Literal["report", "refuse"] = "report",
     progress: Show = "rank 0",
+    timeout: float = 600.0,
 ) -> LoadReport:
     """Load a checkpoint into an engine: every step of a session, post-load and publishing included.
 
@@ -79,7 +88,9 @@ def load(
         >>> report = load(TorchEngine(model), "path/to/checkpoint")
         >>> print(report)
     """
-    opened = open_session(engine, checkpoint, format, config, host=host, unused=unused, progress=progress)
+    opened = open_session(
+        engine, checkpoint, format, config, host=host, unused=unused, progress=progress, timeout=timeout
+    )
     with opened as session:
         session.resolve()
         session.load()
@@ -98,6 +109,7 @@ def load_pipeline(
     *,
     host: PluginHost | None = None,
     progress: Show = "rank 0",
+    timeout: float = 600.0,
 ) -> dict[str, LoadReport]:
     """Load the components of a pipeline one after the other, each into its own engine.
 
@@ -111,6 +123,7 @@ def load_pipeline(
         config: as `open_session`.
         host: as `open_session`.
         progress: as `open_session`.
+        timeout: as `open_session`.
 
     Raises:
         CheckpointError: a component is not in the pipeline.
@@ -128,9 +141,12 @@ def load_pipeline(
     reports: dict[str, LoadReport] = {}
     try:
         for name, engine in engines.items():
-            reports[name] = load(engine, checkpoint, format, config, host=host, progress=progress)
+            reports[name] = load(
+                engine, checkpoint, format, config, host=host, progress=progress, timeout=timeout
+            )
     except BaseException as exc:
-        for report in reports.values():
+        loaded = [*reports.values(), exc.report if isinstance(exc, CleanupError) else None]
+        for report in filter(None, loaded):
             try:
                 report.lease.close()
             except CleanupError as failure:

@@ -10,13 +10,15 @@ import attrs
 
 from weights_core.errors import (
     Declined,
-    EngineError,
+    EngineDirtyError,
+    LifecycleError,
     LoadFailed,
     NoProviderError,
     PluginContractError,
+    PluginFailedError,
+    WeightsError,
 )
 from weights_core.report import Attempt
-from weights_core.types import Role
 
 if TYPE_CHECKING:
     from weights_core.engine import Engine
@@ -39,7 +41,8 @@ class Chain:
     """The providers of one plan.
 
     `attempts` records everyone asked and what came of it; `opened` every set that was returned,
-    those of an owner's sources included, so that none is left open when the load ends.
+    those of an owner's sources included, so that none is left open when the load ends. `wrote` is
+    true while a provider may have written into the engine behind the engine's back.
     """
 
     def __init__(self, hooks: Hooks, plan: Plan, request: LoadRequest, engine: Engine, ranks: Ranks) -> None:
@@ -50,6 +53,7 @@ class Chain:
         self._ranks = ranks
         self.attempts: list[Attempt] = []
         self.opened: list[WeightSet] = []
+        self.wrote = False
 
     def open(self, names: Sequence[str]) -> Provided:
         """Return the set of the first of `names` that serves on every rank.
@@ -62,35 +66,41 @@ class Chain:
         for index, name in enumerate(names):
             rest = tuple(names[index + 1 :])
             weights, error = self._ask(name, rest)
-            if self._ranks.agree("load", name, error) and weights is not None:
-                self._record(name, "provided the weights")
-                return Provided(name, weights, rest)
-            reasons[name] = self.give_up(name, weights, error, mutated=_wrote(weights, error))
+            try:
+                if self._ranks.served("load", name, error) and weights is not None:
+                    self._record(name, "provided the weights")
+                    return Provided(name, weights, rest)
+                reasons[name] = self.give_up(name, weights, error, wrote=self.wrote)
+            finally:
+                del error  # its traceback holds what the attempt held
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NoProviderError(f"no provider could serve: {listed or 'none is left'}", reasons=reasons)
 
-    def give_up(self, name: str, weights: WeightSet | None, error: Exception | None, *, mutated: bool) -> str:
+    def give_up(self, name: str, weights: WeightSet | None, error: Exception | None, *, wrote: bool) -> str:
         """Close what `name` provided and bring the engine back, on every rank, before the next.
 
         Returns the reason that was recorded.
 
         Raises:
-            EngineError: the engine was written to and cannot be re-initialised.
+            EngineDirtyError: the engine was written to and cannot be re-initialised.
         """
-        reason = str(error) if error is not None else "another rank was not served"
-        self._record(name, "declined" if isinstance(error, Declined) else "failed", reason)
+        reason = _brief(error) if error is not None else "another rank was not served"
         if weights is not None:
             self.opened.remove(weights)
-            weights.close()
-        stuck: EngineError | None = None
-        if mutated:
+            try:
+                weights.close()
+            except Exception as exc:  # noqa: BLE001 - the provider has failed already; both are recorded
+                reason += f"; closing its weights failed too: {exc}"
+        self._record(name, "declined" if isinstance(error, Declined) else "failed", reason)
+        stuck: EngineDirtyError | None = None
+        if wrote:
             try:
                 self._engine.reinit()
-            except EngineError as exc:
-                stuck = exc
-                stuck.add_note(f"{name} had failed after writing into the engine: {reason}")
+                self.wrote = False
+            except Exception as exc:  # noqa: BLE001 - raised by `together`, once the other ranks know
+                stuck = EngineDirtyError(f"{name} failed after writing to the engine ({reason}), and {exc}")
                 stuck.__cause__ = error
-        self._ranks.agree("recovery", name, stuck)
+        self._ranks.together("recovery", name, stuck)
         return reason
 
     def _ask(self, name: str, rest: tuple[str, ...]) -> tuple[WeightSet | None, Exception | None]:
@@ -99,9 +109,14 @@ class Chain:
         try:
             weights = self._hooks.load_weights(name, wrappers, self._request, self._engine, below)
             self.opened.append(weights)
+            self.wrote = self.wrote or weights.in_place
             self._check(name, weights)
-        except Exception as exc:  # noqa: BLE001 - `Ranks.agree` raises it once the other ranks know
+        except Exception as exc:  # noqa: BLE001 - `Ranks.served` raises it once the other ranks know
+            crashed = isinstance(exc, PluginFailedError)  # and may have written anything
+            self.wrote = self.wrote or crashed or (isinstance(exc, LoadFailed) and exc.mutated)
             return None, exc
+        finally:
+            below.close()
         return weights, None
 
     def _check(self, name: str, weights: WeightSet) -> None:
@@ -121,23 +136,22 @@ class Chain:
         origin = self._hooks.plugins[name].origin
         self.attempts.append(Attempt(plugin=name, distribution=origin, result=result, reason=reason))
 
-    def is_owner(self, name: str) -> bool:
-        """Whether `name` decides where the weights live."""
-        return any(d.plugin == name and Role.OWNER in d.roles for d in self._plan.decisions)
-
 
 class _Below:
-    """The `source` that a provider is handed: the providers after it."""
+    """The `source` that a provider is handed: the providers after it, for the length of its call."""
 
     def __init__(self, chain: Chain, names: tuple[str, ...]) -> None:
-        self._chain = chain
+        self._chain: Chain | None = chain
         self._names = names
 
     def open(self) -> WeightSet:
+        if self._chain is None:
+            raise LifecycleError("source.open() is for the call of load_weights, which is over")
         return self._chain.open(self._names).weights
 
+    def close(self) -> None:
+        self._chain = None  # a set that keeps its source must not keep the engine
 
-def _wrote(weights: WeightSet | None, error: Exception | None) -> bool:
-    if isinstance(error, LoadFailed):
-        return error.mutated
-    return weights is not None and weights.in_place
+
+def _brief(error: Exception) -> str:
+    return error.brief if isinstance(error, WeightsError) else str(error)

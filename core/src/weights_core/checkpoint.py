@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +24,7 @@ _SUFFIXES: dict[Kind, tuple[str, ...]] = {"safetensors": (".safetensors",), "tor
 _INDEXES: dict[Kind, str] = {"safetensors": ".safetensors.index.json", "torch": ".bin.index.json"}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)$")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(https?:/+[\w.-]+/|hf:/+)?(?P<id>[\w-][\w.-]*/[\w.-]+)(/tree/[^/]+)?/?")
 
 
 @attrs.frozen(kw_only=True)
@@ -60,10 +60,12 @@ def find(path: Path, component: str | None = None, is_pipeline: bool | None = No
     for kind in ("safetensors", "torch"):
         found = _in_folder(root, names, kind)
         if found is not None:
-            return found
+            notes = _other_notes(names, kind, component, is_flat=root == path)
+            return attrs.evolve(found, notes=(*found.notes, *notes))
     raise CheckpointError(
         "holds no weights: no .safetensors, .bin, .pt or .pth file"
-        + (f"; it is a pipeline of {_quoted(components(path))}" if components(path) else ""),
+        + (f"; it is a pipeline of {_quoted(components(path))}" if components(path) else "")
+        + ("; GGUF is another format, convert it" if any(n.endswith(".gguf") for n in names) else ""),
         file=root,
     )
 
@@ -81,12 +83,44 @@ def components(path: Path) -> tuple[str, ...]:
     return tuple(name for name in folders if _is_dir(path / name) and _has_weights(path / name))
 
 
+def disagreements(found: CheckpointFiles, held: Mapping[Path, Collection[str]]) -> Iterator[CheckpointError]:
+    """Yield what is wrong between the files of a checkpoint and its index.
+
+    Args:
+        found: the checkpoint.
+        held: the names of the tensors that each of its files holds.
+    """
+    home: dict[str, Path] = {}
+    for file, names in held.items():
+        for name in names:
+            if name in home:
+                yield CheckpointError(
+                    f"is also in {home[name].name}; which of the two is right cannot be known",
+                    file=file,
+                    tensor=name,
+                )
+            home.setdefault(name, file)
+    for name, place in (found.weight_map or {}).items():
+        if name not in home:
+            if found.root / place in held:
+                yield CheckpointError(
+                    f"the index {found.index} places it here, and it is not",
+                    file=found.root / place,
+                    tensor=name,
+                )
+        elif home[name].name != place:
+            yield CheckpointError(f"the index places it in {place}", file=home[name], tensor=name)
+    if not home and len(held) == len(found.files):
+        yield CheckpointError("holds no tensor", file=found.root)
+
+
 def _must_exist(path: Path) -> None:
     if _mode(path) is None:
-        if _HUB_ID.fullmatch(str(path)):
+        hub_id = _HUB_ID.fullmatch(str(path))
+        if hub_id is not None:
             raise CheckpointError(
                 f"{str(path)!r} is not here. If it is a hub id, download it first "
-                f"(`hf download {path} --local-dir DIR`) and give the folder"
+                f"(`hf download {hub_id['id']} --local-dir DIR`) and give the folder"
             )
         raise CheckpointError("no such file or folder", file=path)
 
@@ -168,6 +202,16 @@ def _in_folder(root: Path, names: list[str], kind: Kind) -> CheckpointFiles | No
     notes = _passed_over(weights, chosen)
     _check_numbering(root, chosen)
     return CheckpointFiles(root=root, kind=kind, files=tuple(root / name for name in chosen), notes=notes)
+
+
+def _other_notes(names: list[str], kind: Kind, component: str | None, *, is_flat: bool) -> list[str]:
+    notes = []
+    others = [n for n in names if n.endswith(_SUFFIXES["torch"]) and n.startswith(_STEMS)]
+    if kind == "safetensors" and others:
+        notes.append(f"passed over {_quoted(others)}: safetensors files are here too, and come first")
+    if component is not None and is_flat:
+        notes.append(f"this is no pipeline, so all of it was taken for component {component!r}")
+    return notes
 
 
 def _choose_index(root: Path, indexes: list[str], kind: Kind) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +13,8 @@ from typing import Any
 import attrs
 
 from weights_core.errors import PluginConflictError
+
+log = logging.getLogger("weights")
 
 GROUP = "weights.plugins"
 BUILT_IN = "disk"
@@ -24,6 +27,8 @@ class Installed:
     name: str
     distribution: str
     version: str
+    place: str = ""
+    """Where the class is, `module:name`."""
     load: Callable[[], Any] = attrs.field(eq=False, repr=False)
     """Import and return the plugin's class."""
 
@@ -57,14 +62,24 @@ def _scan(_path: tuple[tuple[str, int | None], ...]) -> tuple[Installed, ...]:
         # parsing only those that mention the group is three times as fast as entry_points()
         if GROUP not in (dist.read_text("entry_points.txt") or ""):
             continue
+        if not dist.metadata["Name"]:
+            log.warning("passed over %s, whose metadata is broken", dist.locate_file(""))
+            continue
         first = distribution(dist.name)  # of two copies, the first on the path is the one Python imports
         if first.locate_file("") != dist.locate_file("") or first.version != dist.version:
             continue
         found += [
-            Installed(name=point.name, distribution=dist.name, version=dist.version, load=point.load)
+            Installed(
+                name=point.name,
+                distribution=dist.name,
+                version=dist.version,
+                place=point.value,
+                load=point.load,
+            )
             for point in dist.entry_points.select(group=GROUP)
         ]
-    return tuple(sorted(found, key=lambda plugin: (plugin.name, plugin.distribution)))
+    once = dict.fromkeys(sorted(found, key=lambda plugin: (plugin.name, plugin.distribution)))
+    return tuple(once)  # a folder may be on the path twice
 
 
 def built_in() -> Installed:
@@ -85,17 +100,22 @@ def _own_version() -> str:
     return version("weights-core")
 
 
+def conflicts(plugins: Iterable[Installed]) -> dict[str, list[Installed]]:
+    """Return the names that more than one of `plugins` has, and who has them."""
+    named: dict[str, list[Installed]] = {}
+    for plugin in plugins:
+        named.setdefault(plugin.name, []).append(plugin)
+    return {name: group for name, group in named.items() if len(group) > 1}
+
+
 def check_names(plugins: Iterable[Installed]) -> None:
     """Refuse two plugins of one name: which of them is meant cannot be known.
 
     Raises:
         PluginConflictError: naming both distributions.
     """
-    seen: dict[str, Installed] = {}
-    for plugin in plugins:
-        if plugin.name in seen:
-            raise PluginConflictError(
-                f"{seen[plugin.name].origin} and {plugin.origin} both bring a plugin {plugin.name!r}: "
-                f"uninstall one, or block the name with WEIGHTS_BLOCK={plugin.name}"
-            )
-        seen[plugin.name] = plugin
+    for name, (first, second, *_) in conflicts(plugins).items():
+        raise PluginConflictError(
+            f"{first.origin} and {second.origin} both bring a plugin {name!r}: "
+            f"uninstall one, or block the name with WEIGHTS_BLOCK={name}"
+        )

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class ShardSet(WeightSet):
     """A checkpoint's files as one set, read one tensor after the other, by file and offset.
 
-    Every tensor has memory of its own (or, from a pickled file, is mapped), so one that is kept
-    never changes, and its memory is freed with it. Subclasses read the same `shards` in other ways.
+    Every tensor has memory of its own, so one that is kept never changes, and its memory is freed
+    with it. Subclasses read the same `shards` in other ways.
     """
 
     def __init__(self, shards: Sequence[Shard], *, provider: str, notes: tuple[str, ...] = ()) -> None:
@@ -34,6 +34,7 @@ class ShardSet(WeightSet):
         self.shards = tuple(shards)
         self._home = {name: shard for shard in shards for name in shard.metas}
         self._metas = MappingProxyType({name: s.metas[name] for name, s in self._home.items()})
+        self._position = {name: index for index, name in enumerate(self._metas)}
         self._notes = notes
         self._bytes = 0
         self._lock = threading.Lock()
@@ -65,15 +66,29 @@ class ShardSet(WeightSet):
         self.count(out)
 
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read by file and offset, then look whether a file was changed meanwhile."""
-        yield from super().stream(names)
-        self.check_unchanged()
+        """Read by file and offset."""
+        for name in self.in_order(names):
+            yield name, self.read(name)
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
-        """Fill by file and offset, then look whether a file was changed meanwhile."""
-        position = {name: index for index, name in enumerate(self._metas)}
-        yield from super().fill(sorted(targets, key=lambda target: position[target.name]))
-        self.check_unchanged()
+        """Fill by file and offset."""
+        return super().fill(self.sorted(targets))
+
+    def in_order(self, names: Collection[str] | None) -> list[str]:
+        """Return `names`, or all, by file and offset.
+
+        Raises:
+            KeyError: the set has no tensor of one of the names.
+        """
+        return list(self._metas) if names is None else sorted(set(names), key=self._position.__getitem__)
+
+    def sorted(self, targets: Iterable[Target]) -> list[Target]:
+        """Return the targets by file and offset.
+
+        Raises:
+            KeyError: the set has no tensor of one of the names.
+        """
+        return sorted(targets, key=lambda target: self._position[target.name])
 
     def release(self, names: Iterable[str]) -> int:
         """Forget mapped tensors; their memory is not this set's, so no bytes are claimed as freed."""
@@ -94,15 +109,6 @@ class ShardSet(WeightSet):
         """Add a tensor that was read to `bytes_read`."""
         with self._lock:
             self._bytes += tensor.numel() * tensor.element_size()
-
-    def check_unchanged(self) -> None:
-        """Look whether a file was written to since it was opened.
-
-        Raises:
-            CheckpointError: one was; what was read may be wrong.
-        """
-        for shard in self.shards:
-            shard.check_unchanged()
 
 
 class DiskPlugin(ProviderPlugin[None]):

@@ -103,6 +103,10 @@ class Engine(Protocol):
         """
         raise EngineError(f"engine {self.info.name} cannot be re-initialised")
 
+    def loaded(self) -> None:
+        """Note that the load is complete: there is no way back from here but another load."""
+        return
+
     def gather(self, value: object, timeout: float) -> Sequence[object]:
         """Return every rank's `value`, by rank; called by all ranks in the same order.
 

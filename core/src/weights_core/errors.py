@@ -41,12 +41,17 @@ class WeightsError(Exception):
             self.plugin, self.distribution, self.hook, self.rank = plugin, distribution, hook, rank
         return self
 
+    @property
+    def brief(self) -> str:
+        """What went wrong and in which file or tensor, without the plugin."""
+        return self.message
+
     def __str__(self) -> str:
-        """Return the message and, if stamped, who raised it."""
+        """Return `brief` and, if stamped, who raised it."""
         if self.plugin is None:
-            return self.message
+            return self.brief
         where = f"plugin {self.plugin} of {self.distribution}, hook {self.hook}, rank {self.rank}"
-        return f"{self.message} [{where}]"
+        return f"{self.brief} [{where}]"
 
 
 def _rebuild(cls: type[WeightsError], args: tuple[object, ...], carried: dict[str, object]) -> WeightsError:
@@ -87,6 +92,10 @@ class PluginFailedError(PluginError):
     """A hook raised something that is not a `WeightsError`; it is chained as the cause."""
 
 
+class ExtraNotInstalledError(WeightsError):
+    """What was asked for needs an optional dependency; says how to install it."""
+
+
 class FormatError(WeightsError):
     """The format asked for cannot be served."""
 
@@ -119,15 +128,16 @@ class CheckpointError(WeightsError):
         self.tensor = tensor
         self.offset = offset
 
-    def __str__(self) -> str:
-        """Return the message preceded by the file and tensor it is about."""
+    @property
+    def brief(self) -> str:
+        """The message preceded by the file, tensor and byte it is about."""
         place = [str(self.file)] if self.file is not None else []
         if self.tensor is not None:
             place.append(f"tensor {self.tensor!r}")
         if self.offset is not None:
             place.append(f"byte {self.offset}")
         prefix = f"{', '.join(place)}: " if place else ""
-        return prefix + super().__str__()
+        return prefix + self.message
 
 
 class LoadError(WeightsError):
@@ -189,6 +199,10 @@ class EngineError(WeightsError):
     """The engine cannot do what a load demands of it."""
 
 
+class EngineDirtyError(EngineError):
+    """A load that failed had written to the engine, which cannot be brought back: do not use it."""
+
+
 class IdentityMismatchError(WeightsError):
     """Two sets of weights are not interchangeable; `fields` maps each differing field to both."""
 
@@ -212,6 +226,11 @@ class CleanupError(WeightsError, ExceptionGroup[Exception]):
     """
 
     report: LoadReport | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Leave the report behind: it belongs to the process that loaded."""
+        carried = {name: value for name, value in vars(self).items() if name != "report"}
+        return _rebuild, (type(self), self.args, carried)
 
     def __str__(self) -> str:
         """Return the message and the first line of each failure."""

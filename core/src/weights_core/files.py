@@ -29,6 +29,9 @@ class File:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise CheckpointError("is not a regular file", file=path)
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as exc:
+            link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+            raise CheckpointError(f"{exc.strerror}{link}", file=path) from exc
         except OSError as exc:
             raise CheckpointError(_why(exc), file=path) from exc
         self.close = weakref.finalize(self, os.close, self._fd)
@@ -49,6 +52,8 @@ class File:
     def read_into(self, out: memoryview, offset: int) -> None:
         """Fill `out` (bytes) from `offset`; short reads are continued.
 
+        What was filled before an error is worthless: the caller must not use it.
+
         Raises:
             CheckpointError: the file ended early, changed, or the device failed.
         """
@@ -62,6 +67,7 @@ class File:
             if got == 0:
                 raise CheckpointError("the file became shorter", file=self.path, offset=offset + done)
             done += got
+        self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """Compare size and times with those at opening.

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+import attrs
 
 from weights_core import dtypes
 from weights_core.errors import CheckpointError
@@ -22,8 +25,24 @@ MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 
 
-def read_header(file: File) -> dict[str, TensorMeta]:
-    """Return the tensors of an open safetensors file by name, in storage order.
+@attrs.frozen
+class Header:
+    """The tensors of a safetensors file by name, in storage order, and its free-form metadata."""
+
+    metas: Mapping[str, TensorMeta]
+    metadata: Mapping[str, str]
+
+
+_NOT_WEIGHTS = {
+    b"version ": "a Git LFS pointer, not the file itself: run `git lfs pull`",
+    b"<!": "a web page, not weights: the download was answered by a page",
+    b"<html": "a web page, not weights: the download was answered by a page",
+    b"GGUF": "a GGUF file, which is another format: convert it to safetensors",
+}
+
+
+def read_header(file: File) -> Header:
+    """Read and validate the header of an open safetensors file.
 
     Raises:
         CheckpointError: the file is not a valid safetensors file; says where and why.
@@ -31,7 +50,11 @@ def read_header(file: File) -> dict[str, TensorMeta]:
     path = file.path
     if file.size < 8:
         raise CheckpointError(f"{file.size} bytes is too short for a safetensors file", file=path)
-    (length,) = struct.unpack("<Q", file.read(8, 0))
+    start = file.read(8, 0)
+    for beginning, what in _NOT_WEIGHTS.items():
+        if start.startswith(beginning):
+            raise CheckpointError(f"is {what}", file=path)
+    (length,) = struct.unpack("<Q", start)
     if length > MAX_HEADER:
         raise CheckpointError(f"header of {length} bytes, the limit is {MAX_HEADER}", file=path, offset=0)
     if 8 + length > file.size:
@@ -47,7 +70,7 @@ def read_header(file: File) -> dict[str, TensorMeta]:
     start = 8 + length
     metas = sorted((_meta(path, name, entry, start) for name, entry in entries.items()), key=_position)
     _check_extents(path, metas, start, file.size)
-    return {meta.name: meta for meta in metas}
+    return Header({meta.name: meta for meta in metas}, metadata or {})
 
 
 def _is_text_by_name(value: object) -> bool:

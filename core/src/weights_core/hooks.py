@@ -99,7 +99,11 @@ class Hooks:
 
     def resolve_format(self, name: str, request: LoadRequest) -> FormatClaim | None:
         """Ask one plugin what it would do; see `hookspecs.resolve_format`."""
-        return self._optional(name, "resolve_format", FormatClaim, request=request)
+        try:
+            return self._optional(name, "resolve_format", FormatClaim, request=request)
+        except PluginError as exc:
+            exc.args = (f"{exc.message}; to load without this plugin, set WEIGHTS_BLOCK={name}",)
+            raise
 
     def load_weights(
         self, name: str, wrappers: Iterable[str], request: LoadRequest, engine: Engine, source: Source
@@ -109,20 +113,20 @@ class Hooks:
         record = self._tap.record = _Record()
         caller = self._only({name, *around}, "load_weights")
         try:
-            result = caller(request=request, engine=engine, source=source)
+            return self._unlost(caller(request=request, engine=engine, source=source), record, name, around)
         except Exception as exc:  # noqa: BLE001 - raised again, with the plugin's name
-            if isinstance(record.result, WeightSet):
+            if record.result is not None:
                 record.result.close()
             culprits = around if around and exc is not record.error else (name,)
             self._blame(exc, culprits, "load_weights")
+        finally:
+            record.error = None  # its traceback holds what the call held
+
+    def _unlost(self, result: object, record: _Record, name: str, around: tuple[str, ...]) -> WeightSet:
+        """Refuse a wrapper that lost what it was sent, or hid that the provider failed."""
         if record.error is not None:
             raise self._breach(around, "load_weights", f"swallowed {record.error!r} of {name}")
-        if not isinstance(record.result, WeightSet):
-            raise self._breach(
-                (name,), "load_weights", f"returned {record.result!r}, a planned provider owes a WeightSet"
-            )
         if not isinstance(result, WeightSet):
-            record.result.close()
             raise self._breach(
                 around,
                 "load_weights",
@@ -183,10 +187,7 @@ class Hooks:
             ) from exc
         speaks = getattr(cls, "weights_api", None)
         if speaks != hookspecs.API_VERSION:
-            raise PluginVersionError(
-                f"plugin {plugin.name!r} of {plugin.origin} has weights_api = {speaks!r}, this weights-core "
-                f"needs {hookspecs.API_VERSION}: install a matching version of {plugin.distribution}"
-            )
+            raise PluginVersionError(f"plugin {plugin.name!r} of {plugin.origin}: {_skew(speaks, plugin)}")
         schema: type | None = getattr(cls, "Config", None)
         values = config.structure(plugin.name, schema, settings)
         try:
@@ -221,6 +222,14 @@ class Hooks:
                     )
 
 
+def _skew(speaks: object, plugin: Installed) -> str:
+    ours = hookspecs.API_VERSION
+    if not isinstance(speaks, int):
+        return f"its class must say which plugin API it speaks: weights_api = {ours}"
+    cure = "weights-core" if speaks > ours else plugin.distribution
+    return f"it speaks plugin API {speaks}, this weights-core speaks {ours}: upgrade {cure}"
+
+
 def _one_line(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {' '.join(str(exc).split())}"
 
@@ -237,7 +246,7 @@ class _Manager(pluggy.PluginManager):
 
 @attrs.define
 class _Record:
-    result: object = None
+    result: WeightSet | None = None
     error: BaseException | None = None
 
 
@@ -250,8 +259,11 @@ class _Tap:
     def load_weights(self) -> Generator[None, object, object]:
         record = self.record
         try:
-            record.result = yield
+            result = yield
+            if not isinstance(result, WeightSet):
+                raise PluginContractError(f"returned {result!r}, a planned provider owes a WeightSet")
         except BaseException as exc:
             record.error = exc
             raise
-        return record.result
+        record.result = result
+        return result

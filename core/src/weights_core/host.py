@@ -54,6 +54,9 @@ class PluginHost:
         check_names(p for p in known if p.name not in self._blocked)
         self._plugins = {p.name: p for p in known}
         names = (enable,) if isinstance(enable, str) else tuple(enable)
+        for name in sorted(self._blocked - self._plugins.keys()):
+            near = settings.did_you_mean(name, self._plugins)
+            log.warning("blocked plugin %r is not installed%s", name, near)
         self._explicit = None if names == ("installed",) else names
         self._config: Mapping[str, Mapping[str, object]] = dict(config or {})
         for name in self._explicit or ():
@@ -118,7 +121,7 @@ class PluginHost:
                     hooks.register(plugin, self._config.get(plugin.name, {}))
                 except PluginError as exc:
                     broken.append((plugin, exc))
-                    reason = f"broken: {exc}"
+                    reason = f"broken: {exc.brief}"
             if reason is not None:
                 hooks.left_out.append(LeftOut(plugin, reason))
         return broken

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -20,6 +21,7 @@ class Lease:
 
     def __init__(self) -> None:
         self._callbacks: list[Callable[[], None]] = []
+        self._process = os.getpid()
         self.closed = False
 
     def add(self, callback: Callable[[], None]) -> None:
@@ -37,11 +39,13 @@ class Lease:
         weakref.finalize(target, self.close)
 
     def close(self) -> None:
-        """End the lease; idempotent.
+        """End the lease; idempotent. In a forked child it does nothing: the lease is the parent's.
 
         Raises:
             CleanupError: what was to be withdrawn failed; everything else was withdrawn.
         """
+        if os.getpid() != self._process:
+            return
         self.closed = True
         errors: list[Exception] = []
         while self._callbacks:

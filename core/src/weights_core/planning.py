@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import attrs
+
 from weights_core.config import did_you_mean
 from weights_core.discovery import BUILT_IN
 from weights_core.errors import (
@@ -14,7 +16,7 @@ from weights_core.errors import (
     PluginContractError,
 )
 from weights_core.hooks import Hooks
-from weights_core.types import Decision, FormatClaim, Layout, LoadRequest, Plan, Role
+from weights_core.types import Decision, EngineInfo, FormatClaim, Layout, LoadRequest, Plan, Role
 
 AUTO = "auto"
 
@@ -31,7 +33,7 @@ def make_plan(hooks: Hooks, request: LoadRequest) -> Plan:
         AmbiguousFormatError: two owners were named.
         PluginContractError: a plugin claims a role whose hook it does not implement.
     """
-    named = tuple(dict.fromkeys(name for name in request.format if name != AUTO))
+    named = _named(request.format)
     for name in named:
         if name not in hooks.plugins:
             _refuse_absent(name, hooks)
@@ -39,25 +41,36 @@ def make_plan(hooks: Hooks, request: LoadRequest) -> Plan:
     for name in named:
         if not claims[name].roles:
             raise FormatUnresolvedError(f"format {name!r} cannot be served: {claims[name].reason}")
-
     owners = [name for name in named if Role.OWNER in claims[name].roles]
     if len(owners) > 1:
-        raise AmbiguousFormatError(
-            f"formats {' and '.join(map(repr, owners))} would both own the weights: name one"
-        )
-    if BUILT_IN in named[:-1]:
-        raise FormatUnresolvedError(f"nothing is asked after {BUILT_IN!r}: name it last")
+        listed = " and ".join(map(repr, owners))
+        raise AmbiguousFormatError(f"formats {listed} would both own the weights: name one")
     sources = _order_sources(claims, named)
-    if not owners and not sources:
-        reasons = "; ".join(f"{d.plugin}: {d.reason}" for d in _decisions(hooks, claims))
-        raise FormatUnresolvedError(f"no plugin can serve this load: {reasons}")
-    return Plan(
+    for name in _with(claims, Role.SOURCE):
+        if name not in sources and name not in owners:
+            claims[name] = _without_source(claims[name])
+    plan = Plan(
         owner=owners[0] if owners else None,
         sources=sources,
         wrappers=tuple(_with(claims, Role.WRAPPER)),
         publishers={name: claims[name] for name in _with(claims, Role.PUBLISHER)},
-        decisions=_decisions(hooks, claims),
+        decisions=_decisions(hooks, claims, first=(*owners, *sources)),
     )
+    if not plan.providers:
+        reasons = "; ".join(f"{d.plugin}: {d.reason}" for d in plan.decisions)
+        raise FormatUnresolvedError(f"no plugin can serve this load: {reasons}")
+    return plan
+
+
+def _named(given: tuple[str, ...]) -> tuple[str, ...]:
+    if given == (AUTO,):
+        return ()
+    named = tuple(dict.fromkeys(given))
+    if not named or AUTO in named:
+        raise FormatUnresolvedError(f"format is {AUTO!r} alone, or names of plugins; got {list(given)}")
+    if BUILT_IN in named[:-1]:
+        raise FormatUnresolvedError(f"nothing is asked after {BUILT_IN!r}: name it last")
+    return named
 
 
 def _refuse_absent(name: str, hooks: Hooks) -> None:
@@ -65,9 +78,13 @@ def _refuse_absent(name: str, hooks: Hooks) -> None:
         if left_out.plugin.name == name:
             raise FormatUnresolvedError(f"format {name!r} cannot be served: the plugin is {left_out.reason}")
     near = did_you_mean(name, [*hooks.plugins, AUTO])
-    raise FormatNotFoundError(
-        f"{name!r} is not installed{near}; try: pip install weights-{name.replace('_', '-')}"
-    )
+    cure = near or f"; try: pip install weights-{name.replace('_', '-')}"
+    raise FormatNotFoundError(f"{name!r} is not installed{cure}")
+
+
+def _without_source(claim: FormatClaim) -> FormatClaim:
+    why = f"{claim.reason}; not asked: the format ends at {BUILT_IN!r}"
+    return attrs.evolve(claim, roles=claim.roles - {Role.SOURCE}, reason=why)
 
 
 def _ask(hooks: Hooks, name: str, request: LoadRequest, *, is_named: bool) -> FormatClaim:
@@ -75,31 +92,33 @@ def _ask(hooks: Hooks, name: str, request: LoadRequest, *, is_named: bool) -> Fo
     if claim is None:
         return FormatClaim.refuse("takes no part in this load")
     _check_implemented(hooks, name, claim)
-    engine = request.engine
-    if Role.OWNER in claim.roles:
-        if not is_named:
-            return FormatClaim.refuse("owns weights, so it takes part only when the format names it")
-        if engine.mutates_after_load:
-            return FormatClaim.refuse(
-                f"engine {engine.name} changes its weights after the load ({engine.mutates_after_load}), "
-                "which others would share"
-            )
-    provides = claim.roles & {Role.OWNER, Role.SOURCE}
-    if provides and not claim.layouts & engine.accepts:
-        return FormatClaim.refuse(
-            f"delivers {_listed(claim.layouts)}, engine {engine.name} accepts {_listed(engine.accepts)}"
-        )
-    if claim.publish_at is not None and claim.publish_at not in engine.shareable:
-        why = f"engine {engine.name} cannot share {claim.publish_at.value} weights"
+    roles, reasons = claim.roles, [claim.reason]
+    why = _why_not_provide(claim, request.engine, is_named=is_named)
+    if why:
+        roles -= {Role.OWNER, Role.SOURCE}
+        reasons.append(why)
+    if claim.publish_at is not None and claim.publish_at not in request.engine.shareable:
+        why = f"engine {request.engine.name} cannot share {claim.publish_at.value} weights"
         if claim.required:
             raise FormatUnresolvedError(f"plugin {name!r} must publish, and {why}")
-        return FormatClaim(
-            roles=claim.roles - {Role.PUBLISHER},
-            reason=f"{claim.reason}; does not publish: {why}",
-            layouts=claim.layouts,
-            fit=claim.fit,
+        roles -= {Role.PUBLISHER}
+        reasons.append(f"does not publish: {why}")
+    published = claim.publish_at if Role.PUBLISHER in roles else None
+    return attrs.evolve(claim, roles=roles, publish_at=published, reason="; ".join(reasons))
+
+
+def _why_not_provide(claim: FormatClaim, engine: EngineInfo, *, is_named: bool) -> str:
+    """Return why a plugin cannot be asked for weights, or an empty string."""
+    if Role.OWNER in claim.roles and not is_named:
+        return "owns weights, so it takes part only when the format names it"
+    if Role.OWNER in claim.roles and engine.mutates_after_load:
+        return (
+            f"engine {engine.name} changes its weights after the load ({engine.mutates_after_load}), "
+            "which others would share"
         )
-    return claim
+    if claim.roles & {Role.OWNER, Role.SOURCE} and not claim.layouts & engine.accepts:
+        return f"delivers {_listed(claim.layouts)}, engine {engine.name} accepts {_listed(engine.accepts)}"
+    return ""
 
 
 def _listed(layouts: frozenset[Layout]) -> str:
@@ -137,10 +156,19 @@ def _with(claims: Mapping[str, FormatClaim], role: Role) -> list[str]:
     return [name for name, claim in claims.items() if role in claim.roles]
 
 
-def _decisions(hooks: Hooks, claims: Mapping[str, FormatClaim]) -> tuple[Decision, ...]:
+def _decisions(
+    hooks: Hooks, claims: Mapping[str, FormatClaim], first: tuple[str, ...]
+) -> tuple[Decision, ...]:
+    """List the providers in the order they are asked, then the others, then those left out."""
+    order = (*first, *(name for name in claims if name not in first))
     took = [
-        Decision(plugin=name, distribution=hooks.plugins[name].origin, roles=claim.roles, reason=claim.reason)
-        for name, claim in claims.items()
+        Decision(
+            plugin=name,
+            distribution=hooks.plugins[name].origin,
+            roles=claims[name].roles,
+            reason=claims[name].reason,
+        )
+        for name in order
     ]
     left = [
         Decision(plugin=out.plugin.name, distribution=out.plugin.origin, roles=frozenset(), reason=out.reason)

@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that load one model together agree on every provider's outcome before they go on."""
+"""Ranks that load one model together agree on every step's outcome before they go on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from weights_core.errors import Declined, LoadFailed, RanksDisagreeError
 
 if TYPE_CHECKING:
-    from weights_core.engine import Engine
+    from collections.abc import Sequence
 
-Verdict = Literal["ok", "next", "abort"]
+    from weights_core.engine import Engine
+    from weights_core.types import LoadRequest
 
 
 class Ranks:
     """This rank's view of the group, through `engine.gather`."""
 
-    def __init__(self, engine: Engine, rank: int, timeout: float) -> None:
+    def __init__(self, engine: Engine, request: LoadRequest) -> None:
         self._engine = engine
-        self._rank = rank
-        self._timeout = timeout
+        self._rank = request.rank
+        self._size = request.engine.topology.world.size
+        self._timeout = request.timeout
 
-    def agree(self, stage: str, provider: str, error: Exception | None) -> bool:
+    def served(self, stage: str, provider: str, error: Exception | None) -> bool:
         """Tell the others how `provider` fared here; return whether it served every rank.
 
         False means that all ranks turn to the next provider, those it served included, so that
@@ -32,37 +34,52 @@ class Ranks:
             RanksDisagreeError: another rank's error ends the load, the ranks are not at the same
                 step, or one of them did not answer in time.
         """
-        mine = (stage, provider, _verdict(error), str(error or ""))
-        try:
-            steps = self._engine.gather(mine, self._timeout)
-        except TimeoutError as exc:
-            raise RanksDisagreeError(
-                f"rank {self._rank} waited {self._timeout:g} s at {stage} of {provider!r} for the other ranks"
-            ) from (error or exc)
-        if error is not None and mine[2] == "abort":
+        may_go_on = isinstance(error, Declined | LoadFailed)
+        return self._exchange(stage, provider, error, "next" if may_go_on else "abort")
+
+    def together(self, stage: str, subject: str, error: Exception | None) -> None:
+        """Go on only if every rank came through a step without an error.
+
+        Raises:
+            Exception: `error` itself.
+            RanksDisagreeError: as `served`.
+        """
+        self._exchange(stage, subject, error, "abort")
+
+    def _exchange(self, stage: str, subject: str, error: Exception | None, if_error: str) -> bool:
+        mine = (stage, subject, if_error if error is not None else "ok", str(error or ""))
+        everyone = [self._unpacked(rank, step) for rank, step in enumerate(self._gather(mine, error))]
+        if error is not None and if_error == "abort":
             raise error
-        served = True
-        for rank, step in enumerate(steps):
-            theirs = _unpack(rank, step)
+        for rank, theirs in enumerate(everyone):
             if theirs[2] == "abort":
                 raise RanksDisagreeError(f"rank {rank} failed at {theirs[0]} of {theirs[1]!r}: {theirs[3]}")
             if theirs[:2] != mine[:2]:
                 raise RanksDisagreeError(
-                    f"rank {self._rank} is at {stage} of {provider!r}, "
+                    f"rank {self._rank} is at {stage} of {subject!r}, "
                     f"rank {rank} at {theirs[0]} of {theirs[1]!r}"
                 )
-            served = served and theirs[2] == "ok"
-        return served
+        return all(theirs[2] == "ok" for theirs in everyone)
 
+    def _gather(self, mine: tuple[str, ...], error: Exception | None) -> Sequence[object]:
+        place = f"rank {self._rank}, at {mine[0]} of {mine[1]!r}"
+        try:
+            steps = self._engine.gather(mine, self._timeout)
+        except TimeoutError as exc:
+            why = f"{place}, waited {self._timeout:g} s for the other ranks"
+            raise RanksDisagreeError(why) from (error or exc)
+        except Exception as exc:  # noqa: BLE001 - an engine's transport may raise anything
+            why = f"{place}, cannot reach the other ranks: {type(exc).__name__}: {exc}"
+            raise RanksDisagreeError(why) from (error or exc)
+        if len(steps) != self._size:
+            raise RanksDisagreeError(
+                f"{place}, gathered {len(steps)} answers; the topology says {self._size} ranks"
+            ) from error
+        return steps
 
-def _verdict(error: Exception | None) -> Verdict:
-    if error is None:
-        return "ok"
-    return "next" if isinstance(error, Declined | LoadFailed) else "abort"
-
-
-def _unpack(rank: int, step: object) -> tuple[str, str, str, str]:
-    if isinstance(step, tuple | list) and len(step) == 4:
-        stage, provider, verdict, reason = map(str, step)
-        return stage, provider, verdict, reason
-    raise RanksDisagreeError(f"rank {rank} gathered {step!r}: the ranks are not in the same load")
+    @staticmethod
+    def _unpacked(rank: int, step: object) -> tuple[str, str, str, str]:
+        if isinstance(step, tuple | list) and len(step) == 4:
+            stage, subject, verdict, reason = map(str, step)
+            return stage, subject, verdict, reason
+        raise RanksDisagreeError(f"rank {rank} gathered {step!r}: the ranks are not in the same load")

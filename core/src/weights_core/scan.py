@@ -64,7 +64,8 @@ class ScanEngine(Engine):
             CoverageError: a tensor differs from the independent read; names it and its file.
         """
         self._seen = dict(weights.metas)
-        scratch = torch.empty(max((m.nbytes for m in self._seen.values()), default=0), dtype=torch.uint8)
+        largest = max((meta.nbytes for meta in self._seen.values()), default=0)
+        scratch = torch.empty(largest, dtype=torch.uint8, device="cpu")
         independent = _Independent()
         self.verified = 0
         written = set()
@@ -78,7 +79,7 @@ class ScanEngine(Engine):
             weights.release([name])
         if self._verify:
             _check_names(independent, self._files | {m.file for m in self._seen.values() if m.file}, written)
-        return Applied(written=written)
+        return Applied(written=written, unused=())
 
 
 class _Independent:

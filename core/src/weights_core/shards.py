@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weights_core import dtypes
-from weights_core.checkpoint import CheckpointFiles
+from weights_core.checkpoint import CheckpointFiles, disagreements
 from weights_core.errors import CheckpointError
 from weights_core.files import File
 from weights_core.header import read_header
@@ -52,14 +52,6 @@ class Shard(abc.ABC):
         """Forget what is held for a tensor."""
 
     @abc.abstractmethod
-    def check_unchanged(self) -> None:
-        """Look whether the file was written to since it was opened.
-
-        Raises:
-            CheckpointError: it was; what was read from it may be wrong.
-        """
-
-    @abc.abstractmethod
     def close(self) -> None:
         """Free everything; idempotent."""
 
@@ -76,7 +68,7 @@ class SafetensorsShard(Shard):
         self.path = path
         self._file = File(path)
         try:
-            self.metas = read_header(self._file)
+            self.metas = read_header(self._file).metas
         except BaseException:
             self._file.close()
             raise
@@ -91,7 +83,7 @@ class SafetensorsShard(Shard):
         rows, rest = wanted[:1], wanted[1:]
         shape = tuple(len(r) for r in rows) + meta.torch_shape[1:]
         count, skip = _row_bytes(meta, rows)
-        raw = torch.empty(count, dtype=torch.uint8)
+        raw = torch.empty(count, dtype=torch.uint8, device="cpu")
         self._read(meta, raw, skip)
         tensor = raw.view(dtype).reshape(shape)
         for dim, r in enumerate(rest, start=1):
@@ -115,10 +107,6 @@ class SafetensorsShard(Shard):
 
     def release(self, name: str) -> None:
         """Nothing is held."""
-
-    def check_unchanged(self) -> None:
-        """Compare size and times with those at opening."""
-        self._file.check_unchanged()
 
     def close(self) -> None:
         """Close the file."""
@@ -156,8 +144,8 @@ def _row_bytes(meta: TensorMeta, rows: tuple[range, ...]) -> tuple[int, int]:
 class PickledShard(Shard):
     """A file of `torch.save`, read with `weights_only=True` and mapped where its format allows.
 
-    Being mapped, its tensors are only as safe as the file: do not rewrite or truncate it while it is
-    in use.
+    What is read is copied and the file looked at before and after, so a file that is rewritten is an
+    error; one that is cut short in the very moment of a copy ends the process, as with any mapping.
     """
 
     def __init__(self, path: Path) -> None:
@@ -176,27 +164,38 @@ class PickledShard(Shard):
             raise
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
-        """Return the tensor, or a view of it."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise CheckpointError("was released and cannot be read again", file=self.path, tensor=name)
-        for dim, r in enumerate(normalise(slices, tuple(tensor.shape))):
-            tensor = tensor.narrow(dim, r.start, len(r))
-        return tensor
+        """Copy the tensor, or a part of it, out of the mapped file."""
+        part = self._part(name, slices).clone()
+        self._file.check_unchanged()
+        return part
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Copy into `out`."""
-        tensor = self.read(name, slices)
-        check_destination(name, out, tuple(tensor.shape), tensor.dtype)
-        out.detach().copy_(tensor)
+        part = self._part(name, slices)
+        check_destination(name, out, tuple(part.shape), part.dtype)
+        out.detach().copy_(part)
+        self._file.check_unchanged()
+
+    def _part(self, name: str, slices: Slices | None) -> torch.Tensor:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CheckpointError("was released and cannot be read again", file=self.path, tensor=name)
+        self._file.check_unchanged()  # before too: touching what was cut off a mapped file is fatal
+        for dim, r in enumerate(normalise(slices, tuple(tensor.shape))):
+            tensor = tensor.narrow(dim, r.start, len(r))
+        return tensor
 
     def release(self, name: str) -> None:
         """Drop the tensor; its memory goes with the last tensor on the same storage."""
         self._tensors.pop(name, None)
 
-    def check_unchanged(self) -> None:
-        """Compare size and times with those at opening."""
-        self._file.check_unchanged()
+    def shared(self) -> list[tuple[str, ...]]:
+        """Return the groups of names whose tensors lie in one storage."""
+        groups: dict[int, list[str]] = {}
+        for name, tensor in self._tensors.items():
+            if tensor.numel():
+                groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+        return [tuple(names) for names in groups.values() if len(names) > 1]
 
     def close(self) -> None:
         """Drop all tensors."""
@@ -219,7 +218,7 @@ def _unpickle(file: File) -> dict[str, torch.Tensor]:
         ) from exc
     except Exception as exc:  # an untrusted parser may raise anything; all of it means "malformed"
         why = str(exc) or type(exc).__name__
-        raise CheckpointError(f"is not a readable file of torch.save: {why}", file=path) from exc
+        raise CheckpointError(f"is truncated, or no file of torch.save ({why})", file=path) from exc
     if not isinstance(loaded, dict):
         raise CheckpointError(f"holds a {type(loaded).__name__}, not a dict of tensors", file=path)
     for name, value in loaded.items():
@@ -273,28 +272,7 @@ def open_shards(found: CheckpointFiles, executor: Executor | None = None) -> lis
             futures = [executor.submit(open_one, file) for file in found.files]
             wait(futures)  # all of them, so that none is opened after a failure has closed the others
             opened = [future.result() for future in futures]
-        _check_together(found, opened)
+        for disagreement in disagreements(found, {shard.path: shard.metas for shard in opened}):
+            raise disagreement
         undo.pop_all()
     return opened
-
-
-def _check_together(found: CheckpointFiles, shards: list[Shard]) -> None:
-    home: dict[str, Path] = {}
-    for shard in shards:
-        for name in shard.metas:
-            if name in home:
-                raise CheckpointError(
-                    f"is also in {home[name].name}; which of the two is right cannot be known",
-                    file=shard.path,
-                    tensor=name,
-                )
-            home[name] = shard.path
-    for name, file in (found.weight_map or {}).items():
-        if name not in home:
-            raise CheckpointError(
-                f"the index {found.index} places it here, and it is not", file=found.root / file, tensor=name
-            )
-        if home[name].name != file:
-            raise CheckpointError(f"the index places it in {file}", file=home[name], tensor=name)
-    if not home:
-        raise CheckpointError("holds no tensor", file=found.root)

@@ -62,6 +62,8 @@ class TorchEngine(Engine):
             EngineError: a buffer that no checkpoint holds is on the meta device, a parameter is not
                 a plain tensor (a DTensor, say), or there are several ranks and no `gather`.
         """
+        if not isinstance(model, nn.Module):
+            raise EngineError(f"TorchEngine takes a torch.nn.Module, not {model!r}")
         self.model = model
         self._device = torch.device(device)
         self._cast = cast
@@ -70,6 +72,7 @@ class TorchEngine(Engine):
         self._gather = gather
         self._originals: dict[_Place, torch.Tensor] | None = None
         self._written_in_place = False
+        self._had_memory = any(not t.is_meta for t in _named_tensors(model).values())
         self._allocated = 0
         _refuse_what_cannot_be_written(model)
         if gather is None and topology is not None and topology.world.size > 1:
@@ -116,13 +119,13 @@ class TorchEngine(Engine):
             CoverageError: before anything is read: tensors are missing, or shapes or dtypes
                 differ. After reading: two names of one tied parameter hold different bytes.
         """
-        tensors = _named_tensors(self.model)
+        tensors, metas = _named_tensors(self.model), weights.metas
         ties = _ties(tensors)
-        self._check_fit(tensors, ties, weights)
+        self._check_fit(tensors, ties, metas)
         staged: dict[int, torch.Tensor] = {}
         targets, twins = [], []
         for group in ties:
-            given = [name for name in group if name in weights]
+            given = [name for name in group if name in metas]
             tensor = tensors[group[0]]
             out = self._staged(tensor, staged)
             targets.append(Target(given[0], out))
@@ -136,7 +139,7 @@ class TorchEngine(Engine):
         for name, out in twins:
             self._check_twin(name, out, weights)
         self._commit({place: staged[id(t)] for place, t in _places(self.model) if id(t) in staged})
-        unused = tuple(name for name in weights if name not in tensors)
+        unused = tuple(name for name in metas if name not in tensors)
         host_bytes = sum(nbytes(t) for t in staged.values() if t.device.type == "cpu") + self._allocated
         return Applied(written=tensors.keys(), unused=unused, host_bytes=host_bytes)
 
@@ -152,24 +155,24 @@ class TorchEngine(Engine):
             CoverageError: a tensor is missing, is not expected, or differs in shape, dtype or device,
                 or two names of one tied parameter hold different bytes.
         """
-        tensors = _named_tensors(self.model)
+        tensors, metas = _named_tensors(self.model), weights.metas
         ties = _ties(tensors)
-        unexpected = [name for name in weights if name not in tensors]
+        unexpected = [name for name in metas if name not in tensors]
         if unexpected:
             raise CoverageError(f"unexpected {coverage.listed(unexpected)}", unexpected=unexpected)
-        self._check_fit(tensors, ties, weights, may_cast=False)
+        self._check_fit(tensors, ties, metas, may_cast=False)
         given = {
-            id(tensors[name]): weights[next(n for n in group if n in weights)]
+            id(tensors[name]): weights[next(n for n in group if n in metas)]
             for group in ties
             for name in group
         }
         for group in ties:
-            first, *others = [name for name in group if name in weights]
+            first, *others = [name for name in group if name in metas]
             self._check_device(first, tensors[first], given[id(tensors[first])])
             for name in others:
                 self._check_twin(name, given[id(tensors[first])], weights)
         self._commit({place: given[id(t)] for place, t in _places(self.model) if id(t) in given})
-        return Applied(written=tensors.keys())
+        return Applied(written=tensors.keys(), unused=())
 
     def materialize(self, alloc: Alloc) -> int:
         """Give each meta parameter memory from `alloc`, ties once; return the bytes."""
@@ -184,13 +187,12 @@ class TorchEngine(Engine):
         self._allocated += sum(nbytes(t) for t in given.values() if t.device.type == "cpu")
         return size
 
-    def post_load(self, layout: Layout) -> None:
-        """There is nothing to transform; memory that the load replaced is let go."""
-        del layout
-        if self._originals is not None:
-            kept = {place: t for place, t in self._originals.items() if t.is_meta}
-            self._written_in_place = self._written_in_place or len(kept) < len(self._originals)
-            self._originals = kept
+    def loaded(self) -> None:
+        """Let go of what the load replaced: from now on the model is one that has memory."""
+        self._originals = None
+        self._allocated = 0
+        self._written_in_place = False
+        self._had_memory = True
 
     def tensors(self, layout: Layout) -> Mapping[str, torch.Tensor]:
         """Return parameters and persistent buffers by state-dict name, ties included."""
@@ -205,20 +207,21 @@ class TorchEngine(Engine):
         """Put replaced parameters back; what was written in place takes the `reinit` callable.
 
         Raises:
-            EngineError: parameters were written in place and no `reinit` was given.
+            EngineError: the model had memory, which may have been written to, and no `reinit` was given.
         """
-        if self._written_in_place and self._reinit is None:
-            raise EngineError("parameters were written in place, and TorchEngine was given no reinit=")
+        only_replaced = self._originals is not None and not self._written_in_place
+        if self._had_memory and self._reinit is None and not only_replaced:
+            raise EngineError("the model may be written in place, and TorchEngine was given no reinit=")
         for place, tensor in (self._originals or {}).items():
             place.put(tensor)
         self._originals = None
         self._allocated = 0
-        if self._written_in_place and self._reinit is not None:
+        if self._had_memory and self._reinit is not None:
             try:
                 self._reinit(self.model)
             except Exception as exc:  # the caller's function may raise anything
                 raise EngineError(f"reinit= failed: {type(exc).__name__}: {exc}") from exc
-            self._written_in_place = False
+        self._written_in_place = False
 
     def gather(self, value: object, timeout: float) -> Sequence[object]:
         """Call the `gather` given to the constructor; alone, return this rank's value."""
@@ -228,14 +231,14 @@ class TorchEngine(Engine):
         self,
         tensors: Mapping[str, torch.Tensor],
         ties: Iterable[Sequence[str]],
-        weights: WeightSet,
+        metas: Mapping[str, TensorMeta],
         *,
         may_cast: bool = True,
     ) -> None:
-        missing = [group[0] for group in ties if not any(name in weights for name in group)]
+        missing = [group[0] for group in ties if not any(name in metas for name in group)]
         mismatched: dict[str, str] = {}
-        for name in (n for n in tensors if n in weights):
-            have, need = weights.meta(name), _meta_of(name, tensors[name])
+        for name in (n for n in tensors if n in metas):
+            have, need = metas[name], _meta_of(name, tensors[name])
             if have.shape != need.shape:
                 mismatched[name] = f"checkpoint has shape {list(have.shape)}, model {list(need.shape)}"
             elif have.dtype != need.dtype and not (self._cast and may_cast and _castable(have, need)):
@@ -244,10 +247,10 @@ class TorchEngine(Engine):
                 )
         if not missing and not mismatched:
             return
+        others = [name for name in metas if name not in tensors]
         parts = [f"missing {coverage.listed(missing)}"] if missing else []
-        parts += [f"{name}: {why}" for name, why in list(mismatched.items())[: coverage.SHOWN]]
-        more = len(mismatched) - coverage.SHOWN
-        parts += [f"and {more} more that do not fit"] if more > 0 else []
+        parts += [f"the checkpoint has {coverage.listed(others)}"] if missing and others else []
+        parts += _grouped(mismatched)
         raise CoverageError(
             "the checkpoint does not fit the model: " + "; ".join(parts),
             missing=missing,
@@ -261,9 +264,9 @@ class TorchEngine(Engine):
         return staged[id(tensor)]
 
     def _fill(self, weights: WeightSet, targets: Iterable[Target]) -> Iterator[str]:
-        straight, cast = [], {}
+        straight, cast, metas = [], {}, weights.metas
         for target in targets:
-            if dtypes.to_torch(weights.meta(target.name).dtype) == target.out.dtype:
+            if dtypes.to_torch(metas[target.name].dtype) == target.out.dtype:
                 straight.append(target)
             else:
                 cast[target.name] = target.out
@@ -336,13 +339,25 @@ def _like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     return new
 
 
+def _grouped(mismatched: Mapping[str, str]) -> list[str]:
+    """Say once what several tensors have in common."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in mismatched.items():
+        by_reason.setdefault(why, []).append(name)
+    parts = [
+        f"{names[0]}: {why}" if len(names) == 1 else f"{coverage.listed(names)}: {why}"
+        for why, names in by_reason.items()
+    ]
+    more = len(parts) - coverage.SHOWN
+    return [*parts[: coverage.SHOWN], f"and {more} other kinds of mismatch"] if more > 0 else parts
+
+
 def _castable(have: TensorMeta, need: TensorMeta) -> bool:
-    """Whether torch would convert without changing what kind of number it is; packed types never."""
-    try:
-        kinds = dtypes.to_torch(have.dtype), dtypes.to_torch(need.dtype)
-    except KeyError:
+    """Whether converting keeps what the numbers mean: not between kinds, nor for what is quantised."""
+    if min(dtypes.BITS[have.dtype], dtypes.BITS[need.dtype]) < 8 or "F8" in have.dtype + need.dtype:
         return False
-    return "F4" not in (have.dtype, need.dtype) and torch.can_cast(*kinds)
+    kinds = [dtypes.to_torch(meta.dtype) for meta in (have, need)]
+    return kinds[0].is_floating_point == kinds[1].is_floating_point and not any(k.is_complex for k in kinds)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

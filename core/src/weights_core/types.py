@@ -57,6 +57,15 @@ def _names(given: Iterable[str]) -> frozenset[str]:
     return frozenset(given)
 
 
+def _optional_names(given: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if given is None else tuple(given)
+
+
+def _format(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Take a list of names, or one string of names with commas, as the command line does."""
+    return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else tuple(given)
+
+
 def _axes(given: Mapping[str, Axis]) -> Mapping[str, Axis]:
     return dict(given)
 
@@ -151,7 +160,7 @@ class LoadRequest:
 
     checkpoint: Path = attrs.field(converter=Path)
     engine: EngineInfo
-    format: tuple[str, ...] = ("auto",)
+    format: tuple[str, ...] = attrs.field(default=("auto",), converter=_format)
     is_pipeline: bool | None = None
     unused: Literal["report", "refuse"] = attrs.field(
         default="report", validator=attrs.validators.in_(("report", "refuse"))
@@ -239,13 +248,13 @@ class Applied:
 
     `written` names every tensor the engine now holds from the set, ties included, by the names of
     `Engine.expected`. `defaulted` maps names the engine filled by other means to the reason.
-    `unused` lists tensors of the set that the engine did not take. `host_bytes` is the host memory
-    newly allocated for the model itself.
+    `unused` lists tensors of the set that the engine did not take, or is None if it can't say.
+    `host_bytes` is the host memory newly allocated for the model itself.
     """
 
     written: frozenset[str] = attrs.field(converter=_names)
     defaulted: Mapping[str, str] = attrs.field(factory=dict)
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...] | None = attrs.field(default=None, converter=_optional_names)
     host_bytes: int = 0
 
 

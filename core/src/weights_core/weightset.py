@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -53,7 +53,10 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
     @property
     @abc.abstractmethod
     def metas(self) -> Mapping[str, TensorMeta]:
-        """Every tensor of the set by name, in storage order, known without reading."""
+        """Every tensor of the set by name, in storage order, known without reading.
+
+        Asked often, so it must not be computed anew each time.
+        """
 
     @abc.abstractmethod
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
@@ -89,8 +92,13 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
         Raises:
             KeyError: the set has no tensor of one of the names.
         """
-        for name in in_order(self.metas, names):
-            yield name, self.read(name)
+        metas = self.metas
+        wanted = None if names is None else frozenset(names)
+        for name in (wanted or frozenset()) - metas.keys():
+            raise KeyError(name)
+        for name in metas:
+            if wanted is None or name in wanted:
+                yield name, self.read(name)
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Bring a tensor, or the part that `slices` selects, into `out`.
@@ -120,7 +128,7 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
         return 0
 
     def close(self) -> None:
-        """Free all that the set holds. Called once by whoever owns the set; idempotent."""
+        """Free all that the set holds; idempotent. Whoever opened the set, and the load's end, call it."""
 
     def lazy(self) -> Mapping[str, LazyTensor]:
         """Return a view whose values read when indexed, as `safe_open().get_slice` does."""
@@ -149,7 +157,18 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
 
 
 class WeightSetWrapper(WeightSet):
-    """A set that forwards everything to `inner`; wrappers override what they change."""
+    """A set that forwards everything to `inner`; wrappers override what they change.
+
+    A wrapper that overrides `read` is read through it on every path: unless it overrides them too,
+    `stream`, `read_into` and `fill` are then the generic ones, which build on `read`.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for changed, built_on_it in (("read", ("stream", "read_into", "fill")), ("read_into", ("fill",))):
+            for name in built_on_it:
+                if changed in vars(cls) and name not in vars(cls):
+                    setattr(cls, name, getattr(WeightSet, name))
 
     def __init__(self, inner: WeightSet) -> None:
         self.inner = inner
@@ -250,20 +269,6 @@ def _plain(item: object) -> bool:
     return isinstance(item, slice) and item.step in (None, 1)
 
 
-def in_order(metas: Mapping[str, TensorMeta], names: Collection[str] | None) -> list[str]:
-    """Return `names`, or all, in the order of `metas`.
-
-    Raises:
-        KeyError: one of `names` is not in `metas`.
-    """
-    if names is None:
-        return list(metas)
-    wanted = frozenset(names)
-    for name in wanted - metas.keys():
-        raise KeyError(name)
-    return [name for name in metas if name in wanted]
-
-
 def normalise(slices: Slices | None, shape: tuple[int, ...]) -> tuple[range, ...]:
     """Return one range of indices per dimension of `shape` for `slices`.
 
@@ -280,11 +285,13 @@ def normalise(slices: Slices | None, shape: tuple[int, ...]) -> tuple[range, ...
 
 
 def check_destination(name: str, out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Refuse a destination that is not of `shape` and `dtype`: copying would cast or broadcast.
+    """Refuse a destination without memory, or of another `shape` or `dtype`: copying would cast.
 
     Raises:
         ValueError: naming the tensor, and what it and the destination are.
     """
+    if out.is_meta:
+        raise ValueError(f"the destination for tensor {name!r} is on the meta device: it has no memory")
     if tuple(out.shape) != shape or out.dtype != dtype:
         raise ValueError(
             f"tensor {name!r} is {dtype} {list(shape)}, the destination is {out.dtype} {list(out.shape)}"

@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -103,11 +104,14 @@ def test_claims_several_files_as_a_good_source(tmp_path, kind, shards, count, at
     assert claim.reason == f"reads {shards} files, {at_a_time} at a time"
 
 
-def test_claims_a_single_file_as_possible(tmp_path):
-    claim = plugin_with().resolve_format(request_for(write_checkpoint(tmp_path, tensors_of(2))))
+def test_claims_a_single_file_only_when_named(tmp_path):
+    request = request_for(write_checkpoint(tmp_path, tensors_of(2)))
+    claim = plugin_with().resolve_format(request)
+    assert claim.roles == set()
+    assert "single file" in claim.reason
+    claim = plugin_with().resolve_format(attrs.evolve(request, format=("parallel_shards",)))
     assert claim.roles == {Role.SOURCE}
     assert claim.fit is Fit.POSSIBLE
-    assert "single file" in claim.reason
 
 
 def test_claims_an_index_and_a_file_given_by_their_paths(tmp_path):

@@ -39,14 +39,16 @@ class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):
 
     @hookimpl
     def resolve_format(self, request: LoadRequest) -> FormatClaim:
-        """Claim every checkpoint on disk, and the better the more files it has."""
+        """Claim a checkpoint of several files; of one file only if named."""
         try:
             found = self._find(request)
         except CheckpointError as exc:
             return FormatClaim.refuse(str(exc))
         files = len(found.files)
-        if files < 2:
+        if files < 2 and "parallel_shards" in request.format:
             return FormatClaim(roles={Role.SOURCE}, reason="a single file, read the plain way")
+        if files < 2:
+            return FormatClaim.refuse("a single file, which the disk source reads as well")
         return FormatClaim(
             roles={Role.SOURCE},
             fit=Fit.GOOD,

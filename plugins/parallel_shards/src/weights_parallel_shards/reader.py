@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import attrs
@@ -15,7 +15,7 @@ from weights_core.disk import ShardSet
 from weights_core.errors import CheckpointError, WeightsError
 from weights_core.shards import Shard
 from weights_core.tensors import nbytes
-from weights_core.weightset import Target, in_order
+from weights_core.weightset import Target
 from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class ParallelSet(ShardSet):
         def job(name: str) -> Job[tuple[str, torch.Tensor]]:
             return Job(self.shard_of(name), self.meta(name).nbytes, lambda: (name, self.read(name)))
 
-        return self._run([job(name) for name in in_order(self.metas, names)])
+        return self._run([job(name) for name in self.in_order(names)])
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill the targets, each file's in the order of its offsets."""
@@ -72,8 +72,7 @@ class ParallelSet(ShardSet):
             straight = target.out.device.type == "cpu" and target.out.is_contiguous() and not target.slices
             return Job(self.shard_of(target.name), 0 if straight else nbytes(target.out), run)
 
-        position = {name: index for index, name in enumerate(self.metas)}
-        return self._run([job(t) for t in sorted(targets, key=lambda t: position[t.name])])
+        return self._run([job(target) for target in self.sorted(targets)])
 
     def close(self) -> None:
         """Stop what is still being read, join the threads and close the files."""
@@ -88,21 +87,36 @@ class ParallelSet(ShardSet):
             yield from run.results()
         finally:
             self._runs.remove(run)
-        self.check_unchanged()
+
+
+@attrs.frozen
+class _Result(Generic[T]):
+    """What a reader hands over: a job's value, or the error that ended the reading."""
+
+    held: int
+    value: T
 
 
 class Run(Generic[T]):
-    """One pass over some jobs: files go to a pool of threads, results come out as they are ready."""
+    """One pass over some jobs: threads take one file after the other, results come out as they are ready.
+
+    The threads are daemons: one that waits for a consumer that never comes back must not keep the
+    interpreter from exiting.
+    """
 
     def __init__(self, jobs: Sequence[Job[T]], threads: int, window: Window) -> None:
-        self._by_shard: dict[Shard, list[Job[T]]] = {}
+        by_shard: dict[Shard, list[Job[T]]] = {}
         for job in jobs:
-            self._by_shard.setdefault(job.shard, []).append(job)
+            by_shard.setdefault(job.shard, []).append(job)
         self._due = len(jobs)
-        self._threads = threads
         self._window = window
-        self._ready: queue.SimpleQueue[tuple[Job[T], T] | None] = queue.SimpleQueue()
-        self._pool: ThreadPoolExecutor | None = None
+        self._files = iter(list(by_shard.values()))
+        self._lock = threading.Lock()
+        self._ready: queue.SimpleQueue[_Result[T] | Exception | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"weights-read-{number}", daemon=True)
+            for number in range(min(threads, len(by_shard)))
+        ]
 
     def results(self) -> Iterator[T]:
         """Yield every job's result as it is ready.
@@ -110,57 +124,55 @@ class Run(Generic[T]):
         Raises:
             CheckpointError: a file could not be read, or `stop` was called meanwhile.
         """
-        if not self._by_shard:
-            return
-        self._pool = ThreadPoolExecutor(min(self._threads, len(self._by_shard)), "weights-read")
+        for thread in self._threads:
+            thread.start()
+        working = len(self._threads)
         try:
-            futures = [self._pool.submit(self._read_shard, *item) for item in self._by_shard.items()]
-            for future in futures:
-                future.add_done_callback(self._done)
-            running = len(futures)
-            while running:
+            while working:
                 ready = self._ready.get()
                 if ready is None:
-                    running -= 1
-                    self._raise_failed(futures)
-                    continue
-                job, item = ready
-                self._due -= 1
-                yield item
-                self._window.give_back(job.held)
-                del ready, item  # the consumer's now; not to be kept while we wait for the next
+                    working -= 1
+                elif isinstance(ready, Exception):
+                    raise ready
+                else:
+                    self._due -= 1
+                    yield ready.value
+                    self._window.give_back(ready.held)
+                del ready  # the consumer's now, or a traceback: not to be kept while we wait
         finally:
             self.stop()
         if self._due:
             raise CheckpointError("the set was closed while it was read")
 
     def stop(self) -> None:
-        """Let running reads end, cancel the others, and join the threads; idempotent."""
+        """Let running reads end, begin no others, and join the threads; idempotent."""
         self._window.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
-    def _done(self, _: Future[None]) -> None:
-        self._ready.put(None)
+    def _work(self) -> None:
+        try:
+            while jobs := self._next_file():
+                for job in jobs:
+                    if not self._window.take(job.held):
+                        return
+                    self._ready.put(_Result(job.held, self._read(job)))
+        except Exception as exc:  # noqa: BLE001 - raised in the consumer's thread
+            self._ready.put(exc)
+        finally:
+            self._ready.put(None)
 
-    def _read_shard(self, shard: Shard, jobs: Iterable[Job[T]]) -> None:
-        for job in jobs:
-            if not self._window.take(job.held):
-                return
-            self._ready.put((job, self._read(job)))
+    def _next_file(self) -> list[Job[T]] | None:
+        with self._lock:
+            return next(self._files, None)
 
     @staticmethod
     def _read(job: Job[T]) -> T:
         try:
             return job.run()
-        except WeightsError:
+        except (WeightsError, ValueError):  # ValueError: the consumer's destination is wrong
             raise
         except Exception as exc:
             why = f"could not be read: {type(exc).__name__}: {exc}"
             raise CheckpointError(why, file=job.shard.path) from exc
-
-    @staticmethod
-    def _raise_failed(futures: Iterable[Future[None]]) -> None:
-        for future in futures:
-            if future.done() and not future.cancelled() and (error := future.exception()) is not None:
-                raise error

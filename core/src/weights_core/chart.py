@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw a load: bytes fetched and resident memory over time, the phases shaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weights_core.errors import ExtraNotInstalledError
+
+if TYPE_CHECKING:
+    from weights_core.report import LoadReport
+
+_MB = 1e6
+_SHORTEST = 0.02
+"""A phase shorter than this share of the load is shaded, but not named."""
+
+
+def draw(report: LoadReport, path: Path) -> None:
+    """Write the chart of a load to `path`; the suffix decides the kind of picture.
+
+    Raises:
+        ExtraNotInstalledError: matplotlib is missing; says how to install it.
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise ExtraNotInstalledError("a chart needs matplotlib: pip install 'weights-core[plot]'") from exc
+
+    seconds = [sample.seconds for sample in report.samples]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    growth = [(sample.rss - report.start_rss) / _MB for sample in report.samples]
+    fetched = [sample.nbytes / _MB for sample in report.samples]
+    axes.plot(seconds, growth, color="tab:red", label="resident memory, above that at the start")
+    axes.plot(seconds, fetched, color="tab:blue", label="tensor data fetched")
+    if report.applied.host_bytes:
+        model = report.applied.host_bytes / _MB
+        axes.axhline(model, color="grey", linestyle=":", label="memory allocated for the model")
+    _shade_phases(axes, report, seconds[-1] if seconds else 0.0)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("MB")
+    axes.set_ylim(bottom=min(0.0, *growth) if growth else 0.0)
+    axes.set_title(f"{report.checkpoint.name or report.checkpoint}, by {report.provider}")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
+
+
+def _shade_phases(axes: object, report: LoadReport, total: float) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axes, Axes)
+    for number, phase in enumerate(report.phases):
+        end = phase.began + phase.seconds
+        axes.axvspan(phase.began, end, color="tab:grey", alpha=0.18 if number % 2 else 0.08, linewidth=0)
+        if phase.seconds > total * _SHORTEST:
+            middle = (phase.began + end) / 2
+            axes.text(
+                middle, 1.01, phase.name, ha="center", va="bottom", transform=axes.get_xaxis_transform()
+            )
