@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import weights_core as w
 from weights_core.testing import host_of, write_checkpoint
@@ -27,20 +28,39 @@ def checkpoint(tmp_path):
     return write_checkpoint(tmp_path / "path", Model().state_dict(), shards=2)
 
 
-def test_the_readmes_code_runs_and_does_what_it_says(checkpoint, capsys):
+@pytest.fixture
+def llama(tmp_path):
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama", model
+
+
+def test_the_readmes_code_runs_and_does_what_it_says(checkpoint, llama, capsys):
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert len(blocks) == 4
-    names = {"Model": Model, "released": []}
+    assert len(blocks) == 5
+    names = {"Model": Model}
+    paths = {"path/to/checkpoint": str(checkpoint), "path/to/llama": str(llama[0])}
     for block in blocks:
-        exec(block.replace('"path/to/checkpoint"', repr(str(checkpoint))), names)
+        for written, real in paths.items():
+            block = block.replace(f'"{written}"', repr(real))
+        exec(block, names)
     assert "by parallel_shards" in capsys.readouterr().out
     expected = names["model"].state_dict()
     assert not expected["linear.weight"].is_meta
     assert all(torch.equal(p, expected[n]) for n, p in names["engine"].params.items())
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(names["llama"].eval()(ids).logits, llama[1](ids).logits)
 
     model = Model()
-    w.load(w.TorchEngine(model), checkpoint, host=host_of(noting=names["NotingPlugin"]))
-    assert sorted(names["released"]) == ["linear.bias", "linear.weight"]
+    report = w.load(
+        w.TorchEngine(model), checkpoint, "constant", host=host_of(constant=names["ConstantPlugin"])
+    )
+    assert report.provider == "constant"
+    assert torch.all(model.linear.weight == 0.5)
 
 
 @pytest.mark.parametrize("page", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md")))

@@ -35,7 +35,10 @@ class Ranks:
                 step, or one of them did not answer in time.
         """
         may_go_on = isinstance(error, Declined | LoadFailed)
-        return self._exchange(stage, provider, error, "next" if may_go_on else "abort")
+        try:
+            return self._exchange(stage, provider, error, "next" if may_go_on else "abort")
+        finally:
+            del error  # an error whose traceback leads to itself keeps its frames' memory
 
     def together(self, stage: str, subject: str, error: Exception | None) -> None:
         """Go on only if every rank came through a step without an error.
@@ -44,13 +47,19 @@ class Ranks:
             Exception: `error` itself.
             RanksDisagreeError: as `served`.
         """
-        self._exchange(stage, subject, error, "abort")
+        try:
+            self._exchange(stage, subject, error, "abort")
+        finally:
+            del error
 
     def _exchange(self, stage: str, subject: str, error: Exception | None, if_error: str) -> bool:
         mine = (stage, subject, if_error if error is not None else "ok", str(error or ""))
-        everyone = [self._unpacked(rank, step) for rank, step in enumerate(self._gather(mine, error))]
-        if error is not None and if_error == "abort":
-            raise error
+        try:
+            everyone = [self._unpacked(rank, step) for rank, step in enumerate(self._gather(mine, error))]
+            if error is not None and if_error == "abort":
+                raise error
+        finally:
+            del error
         for rank, theirs in enumerate(everyone):
             if theirs[2] == "abort":
                 raise RanksDisagreeError(f"rank {rank} failed at {theirs[0]} of {theirs[1]!r}: {theirs[3]}")
@@ -65,17 +74,20 @@ class Ranks:
         place = f"rank {self._rank}, at {mine[0]} of {mine[1]!r}"
         try:
             steps = self._engine.gather(mine, self._timeout)
+            if len(steps) == self._size:
+                return steps
+            why = f"{place}, gathered {len(steps)} answers; the topology says {self._size} ranks"
+            raise RanksDisagreeError(why) from error
         except TimeoutError as exc:
             why = f"{place}, waited {self._timeout:g} s for the other ranks"
             raise RanksDisagreeError(why) from (error or exc)
+        except RanksDisagreeError:
+            raise
         except Exception as exc:  # noqa: BLE001 - an engine's transport may raise anything
             why = f"{place}, cannot reach the other ranks: {type(exc).__name__}: {exc}"
             raise RanksDisagreeError(why) from (error or exc)
-        if len(steps) != self._size:
-            raise RanksDisagreeError(
-                f"{place}, gathered {len(steps)} answers; the topology says {self._size} ranks"
-            ) from error
-        return steps
+        finally:
+            del error
 
     @staticmethod
     def _unpacked(rank: int, step: object) -> tuple[str, str, str, str]:

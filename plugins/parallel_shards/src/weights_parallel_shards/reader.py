@@ -126,7 +126,7 @@ class Run(Generic[T]):
         """
         for thread in self._threads:
             thread.start()
-        working = len(self._threads)
+        working, ready = len(self._threads), None
         try:
             while working:
                 ready = self._ready.get()
@@ -138,8 +138,9 @@ class Run(Generic[T]):
                     self._due -= 1
                     yield ready.value
                     self._window.give_back(ready.held)
-                del ready  # the consumer's now, or a traceback: not to be kept while we wait
+                ready = None  # the consumer's now: not to be kept while we wait for the next
         finally:
+            del ready  # nor an error, whose traceback leads here
             self.stop()
         if self._due:
             raise CheckpointError("the set was closed while it was read")
