@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from weights_core import errors
-    from weights_core.api import load, load_pipeline, open_session
+    from weights_core.api import explain, load, load_pipeline, open_session
     from weights_core.engine import Engine
     from weights_core.errors import Declined, LoadFailed, WeightsError
     from weights_core.hookspecs import API_VERSION, hookimpl, hookspec
@@ -77,6 +77,7 @@ __all__ = [
     "WeightsError",
     "WrapperPlugin",
     "errors",
+    "explain",
     "hookimpl",
     "hookspec",
     "load",

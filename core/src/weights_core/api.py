@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import attrs
+
 from weights_core.checkpoint import components
 from weights_core.config import Settings
 from weights_core.engine import Engine
 from weights_core.errors import CheckpointError, CleanupError, EngineError, PluginConfigError
 from weights_core.host import PluginHost
+from weights_core.planning import make_plan
 from weights_core.progress import Show
 from weights_core.report import LoadReport
 from weights_core.session import Session
-from weights_core.types import EngineInfo, Layout, LoadRequest
+from weights_core.types import EngineInfo, Layout, LoadRequest, Plan
 
 Format = str | Sequence[str]
 
@@ -48,21 +51,46 @@ def open_session(
         PluginError: the settings or the installed plugins are in conflict, or `config` is given
             beside a `host`, which has its own.
     """
+    chosen, request = _prepared(engine, checkpoint, format, config, host)
+    request = attrs.evolve(request, unused=unused, timeout=timeout)
+    return chosen.session(request, engine, progress=progress)
+
+
+def explain(
+    engine: Engine,
+    checkpoint: Path | str,
+    format: Format = "auto",
+    config: Settings | None = None,
+    *,
+    host: PluginHost | None = None,
+) -> Plan:
+    """Return who would do what in a load, and why, without beginning it.
+
+    Arguments are those of `open_session`.
+
+    Raises:
+        PluginError: a plugin that was asked for is missing or broken.
+        FormatError: the format cannot be served.
+    """
+    chosen, request = _prepared(engine, checkpoint, format, config, host)
+    return make_plan(chosen.hooks(request), request)
+
+
+def _prepared(
+    engine: Engine,
+    checkpoint: Path | str,
+    format: Format,
+    config: Settings | None,
+    host: PluginHost | None,
+) -> tuple[PluginHost, LoadRequest]:
     if not isinstance(getattr(engine, "info", None), EngineInfo):
         raise EngineError(
             f"a {type(engine).__name__} is no engine: wrap a torch module in TorchEngine, or subclass Engine"
         )
     if host is not None and config is not None:
         raise PluginConfigError("config is the host's: give it to PluginHost, or leave out host")
-    chosen = host or PluginHost.discover(config)
-    request = LoadRequest(
-        checkpoint=Path(checkpoint),
-        engine=engine.info,
-        format=format,
-        timeout=timeout,
-        unused=unused,
-    )
-    return chosen.session(request, engine, progress=progress)
+    request = LoadRequest(checkpoint=engine.checkpoint or checkpoint, engine=engine.info, format=format)
+    return host or PluginHost.discover(config), request
 
 
 def load(

@@ -3,17 +3,36 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weights_core.errors import ExtraNotInstalledError
+from weights_core.errors import ChartError, ExtraNotInstalledError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from weights_core.report import LoadReport
 
 _MB = 1e6
+_KINDS = (".png", ".svg", ".pdf")
 _SHORTEST = 0.02
 """A phase shorter than this share of the load is shaded, but not named."""
+
+
+def check_can_draw(path: Path) -> None:
+    """Find out before a load whether its chart could be written after it.
+
+    Raises:
+        ExtraNotInstalledError: matplotlib is missing; says how to install it.
+        ChartError: the folder does not exist or may not be written, or the kind of picture is unknown.
+    """
+    if path.suffix not in _KINDS:
+        raise ChartError(f"{path}: a chart is one of {', '.join(_KINDS)}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ChartError(f"{path}: cannot be written there")
+    _figure()
 
 
 def draw(report: LoadReport, path: Path) -> None:
@@ -21,15 +40,10 @@ def draw(report: LoadReport, path: Path) -> None:
 
     Raises:
         ExtraNotInstalledError: matplotlib is missing; says how to install it.
-        OSError: the file cannot be written.
+        ChartError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise ExtraNotInstalledError("a chart needs matplotlib: pip install 'weights-core[plot]'") from exc
-
+    figure = _figure()
     seconds = [sample.seconds for sample in report.samples]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     growth = [(sample.rss - report.start_rss) / _MB for sample in report.samples]
     fetched = [sample.nbytes / _MB for sample in report.samples]
@@ -44,18 +58,25 @@ def draw(report: LoadReport, path: Path) -> None:
     axes.set_ylim(bottom=min(0.0, *growth) if growth else 0.0)
     axes.set_title(f"{report.checkpoint.name or report.checkpoint}, by {report.provider}")
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as exc:
+        raise ChartError(f"{path}: {exc.strerror}") from exc
 
 
-def _shade_phases(axes: object, report: LoadReport, total: float) -> None:
-    from matplotlib.axes import Axes
+def _figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise ExtraNotInstalledError("a chart needs matplotlib: pip install 'weights-core[plot]'") from exc
+    return Figure(figsize=(9, 4.5), layout="constrained")
 
-    assert isinstance(axes, Axes)
+
+def _shade_phases(axes: Axes, report: LoadReport, total: float) -> None:
     for number, phase in enumerate(report.phases):
         end = phase.began + phase.seconds
         axes.axvspan(phase.began, end, color="tab:grey", alpha=0.18 if number % 2 else 0.08, linewidth=0)
         if phase.seconds > total * _SHORTEST:
             middle = (phase.began + end) / 2
-            axes.text(
-                middle, 1.01, phase.name, ha="center", va="bottom", transform=axes.get_xaxis_transform()
-            )
+            where = axes.get_xaxis_transform()
+            axes.text(middle, 1.01, phase.name, ha="center", va="bottom", transform=where, fontsize=8)

@@ -28,17 +28,26 @@ def merged(
     Raises:
         PluginConfigError: the file cannot be read or is not TOML, or settings are not tables.
     """
-    path = environ.get("WEIGHTS_CONFIG")
-    layers = [("the config argument", argument or {})]
-    if path:
-        layers.insert(0, (path, _read_toml(Path(path))))
     result: dict[str, dict[str, object]] = {}
-    for origin, layer in layers:
+    for origin, layer in layers(argument, environ):
         for plugin, settings in layer.items():
             if not isinstance(settings, Mapping):
                 raise PluginConfigError(f"{origin}: {plugin!r} must be a table of settings, not {settings!r}")
             result.setdefault(plugin, {}).update(settings)
     return result
+
+
+def layers(
+    argument: Settings | None, environ: Mapping[str, str], *, argument_name: str = "the config argument"
+) -> list[tuple[str, Settings]]:
+    """Return where settings come from, and which each place gives; the later over the earlier.
+
+    Raises:
+        PluginConfigError: the file that `WEIGHTS_CONFIG` names cannot be read or is not TOML.
+    """
+    path = environ.get("WEIGHTS_CONFIG")
+    found = [(path, read_toml(Path(path), "WEIGHTS_CONFIG"))] if path else []
+    return [*found, (argument_name, argument or {})]
 
 
 def blocked(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
@@ -119,12 +128,17 @@ def _exactly(value: object, expected: type) -> object:
     raise TypeError(f"need {expected.__name__}, got {value!r}")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, named_by: str) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises:
+        PluginConfigError: it cannot be read, or is not TOML; says in which line.
+    """
     import tomllib
 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise PluginConfigError(f"WEIGHTS_CONFIG names {path}: {exc.strerror}") from exc
+        raise PluginConfigError(f"{named_by} names {path}: {exc.strerror}") from exc
     except ValueError as exc:
-        raise PluginConfigError(f"WEIGHTS_CONFIG names {path}, which is not TOML: {exc}") from exc
+        raise PluginConfigError(f"{named_by} names {path}, which is not TOML: {exc}") from exc

@@ -13,7 +13,7 @@ from typing import Literal
 import attrs
 
 from weights_core.config import Settings, blocked, merged
-from weights_core.discovery import Installed, conflicts, installed
+from weights_core.discovery import Installed, built_in, conflicts, installed
 from weights_core.errors import PluginConfigError
 from weights_core.host import PluginHost
 from weights_core.machine import facts
@@ -33,11 +33,14 @@ class Finding:
     meaning: str
     verdict: Verdict = "ok"
 
+    def as_dict(self) -> dict[str, str]:
+        """Return plain values for JSON."""
+        return {name: str(value) for name, value in attrs.asdict(self).items()}
+
     def __str__(self) -> str:
         """Return the line for people."""
-        return f"{self.verdict:<8}{self.topic:<24}{self.value}" + (
-            f": {self.meaning}" if self.meaning else ""
-        )
+        meaning = f": {self.meaning}" if self.meaning else ""
+        return f"{self.verdict:<8}{self.topic:<24}{self.value}{meaning}"
 
 
 def examine(path: Path, config: Settings | None, environ: Mapping[str, str]) -> list[Finding]:
@@ -76,7 +79,7 @@ def _plugins(
         Finding(
             "plugin " + name, " and ".join(p.origin for p in group), "both bring it: uninstall one", "problem"
         )
-        for name, group in conflicts(p for p in plugins if p.name not in block).items()
+        for name, group in conflicts(p for p in (*plugins, built_in()) if p.name not in block).items()
     ]
     twice = {finding.topic.removeprefix("plugin ") for finding in found}
     try:

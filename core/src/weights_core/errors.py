@@ -96,6 +96,10 @@ class ExtraNotInstalledError(WeightsError):
     """What was asked for needs an optional dependency; says how to install it."""
 
 
+class ChartError(WeightsError):
+    """A chart cannot be drawn where it was asked for."""
+
+
 class FormatError(WeightsError):
     """The format asked for cannot be served."""
 

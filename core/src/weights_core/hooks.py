@@ -53,6 +53,7 @@ class Hooks:
     def __init__(self, *, rank: int = 0) -> None:
         self._rank = rank
         self._plugins: dict[str, tuple[Installed, object]] = {}
+        self._settings: dict[str, Mapping[str, object]] = {}
         self._tap = _Tap()
         self._manager = _Manager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -96,6 +97,19 @@ class Hooks:
         _, instance = self._plugins[name]
         caller = getattr(self._manager.hook, hook)
         return any(i.plugin is instance and i.wrapper == wrapper for i in caller.get_hookimpls())
+
+    def roles(self, name: str) -> tuple[str, ...]:
+        """Return what a registered plugin can do, by the hooks it implements."""
+        found = {
+            "provider": self.implements(name, "load_weights"),
+            "wrapper": self.implements(name, "load_weights", wrapper=True),
+            "publisher": self.implements(name, "publish"),
+        }
+        return tuple(role for role, can in found.items() if can)
+
+    def settings(self, name: str) -> Mapping[str, object]:
+        """Return a registered plugin's settings, its defaults included."""
+        return self._settings[name]
 
     def resolve_format(self, name: str, request: LoadRequest) -> FormatClaim | None:
         """Ask one plugin what it would do; see `hookspecs.resolve_format`."""
@@ -190,6 +204,7 @@ class Hooks:
             raise PluginVersionError(f"plugin {plugin.name!r} of {plugin.origin}: {_skew(speaks, plugin)}")
         schema: type | None = getattr(cls, "Config", None)
         values = config.structure(plugin.name, schema, settings)
+        self._settings[plugin.name] = _fields(values)
         try:
             return cls(values) if hasattr(cls, "Config") else cls()
         except Exception as exc:  # a third party's constructor may raise anything
@@ -220,6 +235,13 @@ class Hooks:
                     raise PluginContractError(
                         f"{hook} has an ordering mark; the order is the operator's, in `format` and `enable`"
                     )
+
+
+def _fields(values: Any) -> Mapping[str, object]:
+    """Return the fields of an attrs value by the names its constructor takes."""
+    if not attrs.has(type(values)):
+        return {}
+    return {field.alias: getattr(values, field.name) for field in attrs.fields(type(values)) if field.init}
 
 
 def _skew(speaks: object, plugin: Installed) -> str:

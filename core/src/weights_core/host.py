@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 
+import attrs
+
 from weights_core import config as settings
 from weights_core.discovery import BUILT_IN, Installed, built_in, check_names, installed
 from weights_core.engine import Engine
@@ -17,6 +19,38 @@ from weights_core.session import Session
 from weights_core.types import LoadRequest
 
 log = logging.getLogger("weights")
+
+
+@attrs.frozen(kw_only=True)
+class PluginInfo:
+    """What is known of an installed plugin without a load: `why_not` is None if it can be used.
+
+    `roles` follow from its hooks: a provider is a source or an owner, which it says for each load.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    roles: tuple[str, ...]
+    why_not: str | None
+    settings: Mapping[str, object]
+
+    @property
+    def origin(self) -> str:
+        """Distribution and version, for messages."""
+        return f"{self.distribution} {self.version}"
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain values for JSON."""
+        return {
+            "name": self.name,
+            "distribution": self.distribution,
+            "version": self.version,
+            "roles": list(self.roles),
+            "active": self.why_not is None,
+            "why_not": self.why_not,
+        }
+
 
 Enable = str | Collection[str]
 
@@ -109,6 +143,23 @@ class PluginHost:
         self._register(hooks)
         left_out = {out.plugin.name: out.reason for out in hooks.left_out}
         return [(plugin, left_out.get(name)) for name, plugin in sorted(self._plugins.items())]
+
+    def overview(self) -> list[PluginInfo]:
+        """Return what every installed plugin is, by name."""
+        hooks = Hooks()
+        self._register(hooks)
+        left_out = {out.plugin.name: out.reason for out in hooks.left_out}
+        return [
+            PluginInfo(
+                name=name,
+                distribution=plugin.distribution,
+                version=plugin.version,
+                roles=hooks.roles(name) if name in hooks.plugins else (),
+                why_not=left_out.get(name),
+                settings=hooks.settings(name) if name in hooks.plugins else {},
+            )
+            for name, plugin in sorted(self._plugins.items())
+        ]
 
     def _register(self, hooks: Hooks) -> list[tuple[Installed, PluginError]]:
         """Register the chosen plugins; return those that are broken."""

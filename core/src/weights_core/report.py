@@ -12,6 +12,8 @@ from weights_core.meter import Phase, Sample
 from weights_core.types import Applied, Plan, PublishReceipt
 
 MIB = 1 << 20
+_BRIEF = 0.0005
+"""Seconds below which a phase that fetched nothing is not worth a line."""
 
 
 @attrs.frozen(kw_only=True)
@@ -61,20 +63,58 @@ class LoadReport:
         model = 0 if before_apply else self.applied.host_bytes
         return max(0, phase.peak_rss - self.start_rss - model)
 
+    def as_dict(self) -> dict[str, object]:
+        """Return plain values for JSON; schema `weights.load-report/1`, described in docs/operators.md."""
+        return {
+            "schema": "weights.load-report/1",
+            "checkpoint": str(self.checkpoint),
+            "provider": self.provider,
+            "rank": self.rank,
+            "seconds": self.seconds,
+            "bytes": self.nbytes,
+            "start_rss": self.start_rss,
+            "model_host_bytes": self.applied.host_bytes,
+            "peak_over_model": self.peak_over_model,
+            "tensors_written": len(self.applied.written),
+            "defaulted": dict(self.applied.defaulted),
+            "unused": None if self.applied.unused is None else list(self.applied.unused),
+            "phases": [attrs.asdict(phase) | {"gb_per_s": phase.gb_per_s} for phase in self.phases],
+            "attempts": [attrs.asdict(attempt) for attempt in self.attempts],
+            "decisions": [
+                {
+                    "plugin": d.plugin,
+                    "distribution": d.distribution,
+                    "roles": sorted(role.value for role in d.roles),
+                    "reason": d.reason,
+                }
+                for d in self.plan.decisions
+            ],
+            "published": [
+                {"layout": r.layout.value, "bytes": r.nbytes, "detail": r.detail} for r in self.receipts
+            ],
+            "notes": list(self.notes),
+            "samples": [[s.seconds, s.rss, s.nbytes] for s in self.samples],
+        }
+
     def __str__(self) -> str:
         """Return the report as a table for people."""
+        size = f"{self.nbytes / 1e6:,.1f} MB" if self.nbytes else "bytes not counted,"
         lines = [
-            f"{self.checkpoint}: {len(self.applied.written)} tensors, {self.nbytes / 1e6:,.1f} MB "
+            f"{self.checkpoint}: {len(self.applied.written)} tensors, {size} "
             f"in {self.seconds:.3f} s by {self.provider}",
             "",
             f"{'phase':<18}{'seconds':>9}{'MB':>11}{'GB/s':>8}{'peak over model':>18}",
         ]
-        for p in self.phases:
+        brief = [p for p in self.phases if p.seconds < _BRIEF and not p.nbytes]
+        for p in (phase for phase in self.phases if phase not in brief):
             rate = f"{p.gb_per_s:.2f}" if p.nbytes else "-"
             lines.append(
                 f"{p.name:<18}{p.seconds:>9.3f}{p.nbytes / 1e6:>11,.1f}{rate:>8}"
                 f"{self._over_model(p) / MIB:>14,.1f} MiB"
             )
+        if brief:
+            spent = sum(p.seconds for p in brief)
+            lines.append(f"{'the rest':<18}{spent:>9.3f}   ({', '.join(p.name for p in brief)})")
         lines.append("")
         lines += [
             f"asked {a.plugin} ({a.distribution}): {a.result}{a.reason and f', {a.reason}'}"
