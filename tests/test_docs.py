@@ -74,3 +74,16 @@ def test_readme_links_lead_somewhere():
     targets = re.findall(r"\]\(([^):]+)\)", (ROOT / "README.md").read_text())
     assert targets
     assert all((ROOT / target).exists() for target in targets)
+
+
+def test_the_page_on_the_command_line_is_what_the_commands_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from generate_cli import page
+
+    assert (ROOT / "docs/cli.md").read_text() == page(), "run: make docs"
+
+
+def test_every_page_of_the_docs_is_reached_from_the_readme_or_another():
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")}
+    texts = [(ROOT / "README.md").read_text(), *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
+    assert {name for name in pages if not any(f"{name})" in text for text in texts)} == set()

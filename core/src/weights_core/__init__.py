@@ -88,6 +88,7 @@ __all__ = [
 
 _MODULES = {
     "api": (
+        "explain",
         "load",
         "load_pipeline",
         "open_session",

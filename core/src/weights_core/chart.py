@@ -56,7 +56,8 @@ def draw(report: LoadReport, path: Path) -> None:
     axes.set_xlabel("seconds")
     axes.set_ylabel("MB")
     axes.set_ylim(bottom=min(0.0, *growth) if growth else 0.0)
-    axes.set_title(f"{report.checkpoint.name or report.checkpoint}, by {report.provider}")
+    axes.set_title(f"{report.checkpoint.name or report.checkpoint}, by {report.provider}", pad=22)
+    axes.margins(x=0)
     axes.legend(loc="upper left")
     try:
         figure.savefig(path, dpi=120)
