@@ -107,9 +107,7 @@ def _meta(path: Path, name: str, entry: Any, start: int) -> TensorMeta:
     def fail(why: str) -> NoReturn:
         raise CheckpointError(why, file=path, tensor=name)
 
-    try:
-        name.encode()
-    except UnicodeEncodeError:
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         fail("its name is not valid Unicode")
     if not isinstance(entry, dict):
         fail("its header entry is not an object")
@@ -132,9 +130,12 @@ def _meta(path: Path, name: str, entry: Any, start: int) -> TensorMeta:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value):
-        return tuple(value)
-    return None
+    if not isinstance(value, list):
+        return None
+    for size in value:
+        if type(size) is not int or not 0 <= size < 2**63:
+            return None
+    return tuple(value)
 
 
 def _check_extents(path: Path, metas: list[TensorMeta], start: int, size: int) -> None:

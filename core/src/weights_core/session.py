@@ -83,7 +83,7 @@ class Session:
             EngineError: `engine.anchor` cannot be weakly referenced, so nothing would end the lease.
         """
         try:
-            self._anchor = weakref.ref(engine.anchor)
+            weakref.ref(engine.anchor)
         except TypeError as exc:
             raise EngineError(f"the anchor of engine {request.engine.name}: {exc}") from exc
         own = engine.checkpoint
@@ -205,9 +205,7 @@ class Session:
             errors = self._close(Outcome(status="ready", phase="ready"))
         self._meter.close()
         self.engine.loaded()
-        anchor = self._anchor()
-        if anchor is not None:
-            self._lease.anchor(anchor)
+        self._lease.anchor(self.engine.anchor)
         report = self._report()
         self._let_go()
         _raise_interrupt(errors)
@@ -304,7 +302,7 @@ class Session:
             )
         except WeightsError as exc:
             return None, exc
-        except Exception as exc:  # noqa: BLE001 - `Ranks.agree` raises it once the other ranks know
+        except Exception as exc:  # noqa: BLE001 - `Ranks.served` raises it once the other ranks know
             failed = LoadError(
                 f"engine {info.name} failed to take the weights of {provided.provider!r}: "
                 f"{type(exc).__name__}: {exc}"

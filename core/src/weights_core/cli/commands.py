@@ -16,7 +16,7 @@ from weights_core import config as settings
 from weights_core import hookspecs
 from weights_core.api import explain as make_plan
 from weights_core.api import load as load_weights
-from weights_core.cli.app import EPILOG, FAULT, guarded
+from weights_core.cli.app import EPILOG, FAULT, guarded, without_collecting
 from weights_core.discovery import BUILT_IN
 from weights_core.errors import CleanupError
 from weights_core.host import PluginHost
@@ -170,12 +170,13 @@ def inspect(checkpoint: Path, component: str | None, as_json: bool) -> None:
     """
     from weights_core.inspection import inspect as look
 
-    found = [look(checkpoint, name) for name in _components(checkpoint, component)]
-    if as_json:
-        click.echo(json.dumps([one.as_dict() for one in found], indent=1))
-    else:
-        for one in found:
-            click.echo(one)
+    with without_collecting():
+        found = [look(checkpoint, name) for name in _components(checkpoint, component)]
+        if as_json:
+            click.echo(json.dumps([one.as_dict() for one in found]))
+        else:
+            for one in found:
+                click.echo(one)
     if any(one.faults for one in found):
         raise click.exceptions.Exit(FAULT)
 
