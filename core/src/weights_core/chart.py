@@ -28,9 +28,10 @@ def check_can_draw(path: Path) -> None:
         ExtraNotInstalledError: matplotlib is missing; says how to install it.
         ChartError: the folder does not exist or may not be written, or the kind of picture is unknown.
     """
-    if path.suffix not in _KINDS:
+    if path.suffix.lower() not in _KINDS:
         raise ChartError(f"{path}: a chart is one of {', '.join(_KINDS)}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
         raise ChartError(f"{path}: cannot be written there")
     _figure()
 
@@ -56,7 +57,9 @@ def draw(report: LoadReport, path: Path) -> None:
     axes.set_xlabel("seconds")
     axes.set_ylabel("MB")
     axes.set_ylim(bottom=min(0.0, *growth) if growth else 0.0)
-    axes.set_title(f"{report.checkpoint.name or report.checkpoint}, by {report.provider}", pad=22)
+    axes.set_title(
+        f"{report.checkpoint.name or report.checkpoint}, by {report.provider}", pad=22, parse_math=False
+    )
     axes.margins(x=0)
     axes.legend(loc="upper left")
     try:

@@ -13,7 +13,7 @@ from typing import Literal
 import attrs
 
 from weights_core.config import Settings, blocked, merged
-from weights_core.discovery import Installed, built_in, conflicts, installed
+from weights_core.discovery import BUILT_IN, Installed, built_in, conflicts, installed
 from weights_core.errors import PluginConfigError
 from weights_core.host import PluginHost
 from weights_core.machine import facts
@@ -64,9 +64,10 @@ def examine(path: Path, config: Settings | None, environ: Mapping[str, str]) -> 
 def _versions() -> list[Finding]:
     found = [Finding("Python", platform.python_version(), "")]
     for name in ("weights-core", "torch", "safetensors"):
-        try:
-            found.append(Finding(name, version(name), ""))
-        except PackageNotFoundError:
+        known = _version(name)
+        if known:
+            found.append(Finding(name, known, ""))
+        else:
             found.append(Finding(name, "not installed", f"pip install {name}", "problem"))
     return found
 
@@ -83,7 +84,7 @@ def _plugins(
     ]
     twice = {finding.topic.removeprefix("plugin ") for finding in found}
     try:
-        settings = merged(config, environ)
+        settings = {n: given for n, given in merged(config, environ).items() if n not in twice - {BUILT_IN}}
         host = PluginHost([p for p in plugins if p.name not in twice], config=settings, block=block)
     except PluginConfigError as exc:
         return [*found, Finding("settings", str(exc), "no load can start", "problem")]
@@ -97,23 +98,37 @@ def _plugins(
 
 
 def _skew(plugins: tuple[Installed, ...]) -> list[Finding]:
-    from packaging.requirements import Requirement
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
 
-    core, found = version("weights-core"), []
+    core, found = _version("weights-core") or "0", []
     for name in sorted({plugin.distribution for plugin in plugins}):
-        for requirement in map(Requirement, requires(name) or ()):
-            if requirement.name == "weights-core" and not requirement.specifier.contains(
-                core, prereleases=True
-            ):
+        for line in requires(name) or ():
+            try:
+                needs = Requirement(line)
+            except InvalidRequirement as exc:
+                found.append(Finding(name, f"requires {line!r}", f"which cannot be read: {exc}", "note"))
+                continue
+            applies = needs.marker is None or needs.marker.evaluate({"extra": ""})
+            if canonicalize_name(needs.name) != "weights-core" or not applies:
+                continue
+            if not needs.specifier.contains(core, prereleases=True):
                 meaning = f"this is weights-core {core}: install versions that go together"
-                found.append(Finding(name, f"needs weights-core {requirement.specifier}", meaning, "problem"))
+                found.append(Finding(name, f"needs weights-core {needs.specifier}", meaning, "problem"))
     return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _extras() -> list[Finding]:
     return [
         Finding(f"extra [{extra}]", "missing", f"{lost}; pip install 'weights-core[{extra}]'", "note")
         if importlib.util.find_spec(module) is None
-        else Finding(f"extra [{extra}]", f"{module} {version(module)}", "")
+        else Finding(f"extra [{extra}]", f"{module} {_version(module) or 'of unknown version'}", "")
         for extra, (module, lost) in EXTRAS.items()
     ]

@@ -18,7 +18,8 @@ from weights_core.files import File
 from weights_core.header import read_header
 from weights_core.types import TensorMeta
 
-_INDEXED = re.compile(r"(?P<stem>.*?\.|)(?P<number>\d+)(?:\.|$)")
+_INDEXED = re.compile(r"(?P<stem>.*?\.|)(?P<number>[0-9]+)(?:\.|$)")
+_LAST_NUMBER = re.compile(r"[0-9]+$")
 _SHOWN_FAULTS = 20
 
 
@@ -162,7 +163,8 @@ def inspect(path: Path, component: str | None = None) -> Inspection:
         ties += tied
     held = {file: [meta.name for meta in metas] for file, metas in files.items()}
     faults += map(str, disagreements(found, held))
-    ties += _tied_by_config(found.root, {name for names in held.values() for name in names})
+    known = {name for names, _ in ties for name in names}
+    ties += _tied_by_config(found.root, {name for names in held.values() for name in names}, known)
     return Inspection(
         root=found.root,
         kind=found.kind,
@@ -194,7 +196,7 @@ def _read(
         shard.close()
 
 
-def _tied_by_config(root: Path, names: set[str]) -> list[tuple[tuple[str, ...], str]]:
+def _tied_by_config(root: Path, names: set[str], known: set[str]) -> list[tuple[tuple[str, ...], str]]:
     """Transformers' models leave out an output layer that is tied to the embedding."""
     try:
         config = json.loads((root / "config.json").read_bytes())
@@ -203,7 +205,7 @@ def _tied_by_config(root: Path, names: set[str]) -> list[tuple[tuple[str, ...], 
     if not isinstance(config, dict) or config.get("tie_word_embeddings") is not True:
         return []
     embeddings = sorted(name for name in names if name.endswith("embed_tokens.weight"))
-    if not embeddings or "lm_head.weight" in names:
+    if not embeddings or "lm_head.weight" in names or "lm_head.weight" in known:
         return []
     return [((embeddings[0], "lm_head.weight"), "tie_word_embeddings in config.json")]
 
@@ -214,24 +216,29 @@ def _split(name: str) -> tuple[str, str]:
     if match and match.end("number") < len(name):
         return name[: match.end("number")], name[match.end("number") + 1 :]
     head, _, tail = name.rpartition(".")
-    return (head, tail) if head else (name, "")
+    return (head, tail) if head and tail else (name, "")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Order numbers by their size: by length, then by digits, as they may be too long for an int."""
+    parts = re.split(r"([0-9]+)", name)
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    keys = [(0, part) for part in parts]
+    keys[1::2] = [(len(number), number) for number in numbers]
+    return keys
 
 
 def _layer_rows(layers: Sequence[Layer]) -> Iterator[tuple[str, ...]]:
     """One row for a run of layers that are alike."""
 
     def stem(layer: Layer) -> tuple[object, ...]:
-        return re.sub(r"\d+$", "#", layer.name), layer.form
+        return _LAST_NUMBER.sub("#", layer.name), layer.form
 
     for _, run in itertools.groupby(layers, key=stem):
         alike = list(run)
         first, last = alike[0], alike[-1]
         each = " each" if len(alike) > 1 else ""
-        name = f"{first.name} … {re.findall(r'[0-9]+$', last.name)[0]}" if each else first.name
+        name = f"{first.name} … {_LAST_NUMBER.findall(last.name)[0]}" if each else first.name
         times = f" ({len(alike)} alike)" if each else ""
         yield name + times, f"{len(first.tensors):,}{each}", _mb(first.nbytes) + each, first.dtypes
 

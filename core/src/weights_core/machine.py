@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import resource
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ import attrs
 
 _NETWORK = ("nfs", "nfs4", "lustre", "ceph", "beegfs", "gpfs", "cifs", "smb3", "9p", "glusterfs")
 _NVLINK_PORTS = 18
+_NO_DEVICE = 100
 _PROC = Path("/proc")
 _SYS = Path("/sys")
 
@@ -115,8 +117,9 @@ def file_system(path: Path) -> str:
     best, kind = -1, "unknown"
     for line in _text(_PROC / "self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
-        point = Path(left.split()[4].encode().decode("unicode_escape"))
-        if place.is_relative_to(point) and len(point.parts) > best:
+        octal = re.compile(r"\\([0-7]{3})")  # how the kernel writes blanks in names
+        point = Path(octal.sub(lambda code: chr(int(code[1], 8)), left.split()[4]))
+        if place.is_relative_to(point) and len(point.parts) >= best:  # a later mount covers an earlier
             best, kind = len(point.parts), right.split()[0]
     return kind
 
@@ -183,6 +186,8 @@ def cuda_devices() -> list[str] | str:
     except OSError:
         return "no driver"
     status = driver.cuInit(0)
+    if status == _NO_DEVICE:
+        return "a driver, and no device"
     if status:
         return f"the driver does not start (error {status})"
     count = ctypes.c_int()

@@ -66,6 +66,7 @@ class Meter:
         self._watch = watch
         self._peak = self.start_rss
         self._interval = _INTERVAL
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weights-meter", daemon=True)
 
@@ -104,18 +105,19 @@ class Meter:
 
     def sample(self) -> None:
         """Take a sample now."""
-        sample = Sample(time.perf_counter() - self._began, rss(), self._fetched())
-        self._peak = max(self._peak, sample.rss)
-        self.samples.append(sample)
+        with self._lock:  # phases sample in the load's thread
+            sample = Sample(time.perf_counter() - self._began, rss(), self._fetched())
+            self._peak = max(self._peak, sample.rss)
+            self.samples.append(sample)
+            if len(self.samples) >= _MOST_SAMPLES:
+                del self.samples[1::2]
+                self._interval *= 2
         if self._watch is not None:
             self._watch(sample.nbytes)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
             self.sample()
-            if len(self.samples) >= _MOST_SAMPLES:
-                self.samples[:] = self.samples[::2]
-                self._interval *= 2
 
 
 def rss() -> int:

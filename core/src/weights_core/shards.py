@@ -190,11 +190,12 @@ class PickledShard(Shard):
         self._tensors.pop(name, None)
 
     def shared(self) -> list[tuple[str, ...]]:
-        """Return the groups of names whose tensors lie in one storage."""
-        groups: dict[int, list[str]] = {}
+        """Return the groups of names that stand for the same elements of one storage."""
+        groups: dict[object, list[str]] = {}
         for name, tensor in self._tensors.items():
             if tensor.numel():
-                groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+                place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                groups.setdefault(place, []).append(name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
 
     def close(self) -> None:
