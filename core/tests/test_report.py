@@ -34,6 +34,7 @@ def a_report(**changes):
     )
     made = LoadReport(
         checkpoint=Path("/models/toy"),
+        component=None,
         provider="disk",
         plan=plan,
         attempts=(

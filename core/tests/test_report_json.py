@@ -35,6 +35,7 @@ def test_the_values_are_complete(report):
     assert set(report.as_dict()) == {
         "schema",
         "checkpoint",
+        "component",
         "provider",
         "rank",
         "seconds",

@@ -91,6 +91,14 @@ class Inspection:
             grouped.setdefault(layer, {})[rest] = meta
         return tuple(Layer(name, grouped[name]) for name in sorted(grouped, key=_natural))
 
+    @property
+    def headline(self) -> str:
+        """The checkpoint in one line."""
+        index = f", index {self.index.name}" if self.index else ""
+        files = f"{len(self.files)} {self.kind} file{'s' * (len(self.files) != 1)}"
+        tensors = f"{self.count:,} tensor{'s' * (self.count != 1)}"
+        return f"{self.root}: {tensors}, {_mb(self.nbytes)} MB, {files}{index}"
+
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON; schema `weights.inspection/1`, described in docs/operators.md."""
         return {
@@ -122,9 +130,7 @@ class Inspection:
 
     def __str__(self) -> str:
         """Return the inspection as tables for people."""
-        index = f", index {self.index.name}" if self.index else ""
-        files = f"{len(self.files)} {self.kind} file{'s' * (len(self.files) != 1)}"
-        lines = [f"{self.root}: {self.count:,} tensors, {_mb(self.nbytes)} MB, {files}{index}", ""]
+        lines = [self.headline, ""]
         lines += _table(
             ("file", "tensors", "MB"),
             [(p.name, f"{len(m):,}", _mb(sum(t.nbytes for t in m))) for p, m in self.files.items()],

@@ -31,6 +31,7 @@ class LoadReport:
     """What a finished load did. Keep it, or its `lease`, no longer than needed: neither holds the model."""
 
     checkpoint: Path
+    component: str | None
     provider: str
     plan: Plan
     attempts: tuple[Attempt, ...]
@@ -68,6 +69,7 @@ class LoadReport:
         return {
             "schema": "weights.load-report/1",
             "checkpoint": str(self.checkpoint),
+            "component": self.component,
             "provider": self.provider,
             "rank": self.rank,
             "seconds": self.seconds,
@@ -98,9 +100,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         """Return the report as a table for people."""
+        of = f", {self.component}" if self.component else ""
         size = f"{self.nbytes / 1e6:,.1f} MB" if self.nbytes else "bytes not counted,"
         lines = [
-            f"{self.checkpoint}: {len(self.applied.written)} tensors, {size} "
+            f"{self.checkpoint}{of}: {len(self.applied.written)} tensors, {size} "
             f"in {self.seconds:.3f} s by {self.provider}",
             "",
             f"{'phase':<18}{'seconds':>9}{'MB':>11}{'GB/s':>8}{'peak over model':>18}",

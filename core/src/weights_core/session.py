@@ -391,6 +391,7 @@ class Session:
     def _report(self) -> LoadReport:
         return LoadReport(
             checkpoint=self.request.checkpoint,
+            component=self.request.engine.component,
             provider=_known(self._provided).provider,
             plan=self.plan,
             attempts=tuple(_known(self._chain).attempts),

@@ -63,7 +63,9 @@ def _optional_names(given: Iterable[str] | None) -> tuple[str, ...] | None:
 
 def _format(given: str | Iterable[str]) -> tuple[str, ...]:
     """Take a list of names, or one string of names with commas, as the command line does."""
-    return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else tuple(given)
+    if not isinstance(given, str):
+        return tuple(given)
+    return tuple(name.strip() for name in given.split(",") if name.strip()) or ("auto",)
 
 
 def _axes(given: Mapping[str, Axis]) -> Mapping[str, Axis]:

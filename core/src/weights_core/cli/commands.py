@@ -136,8 +136,7 @@ def explain(checkpoint: Path, formats: str, component: str | None, config_file: 
     for name in _components(checkpoint, component):
         found = look(checkpoint, name)
         plan = make_plan(ScanEngine(name), checkpoint, formats, _read(config_file))
-        index = f", index {found.index.name}" if found.index else ""
-        click.echo(f"{found.root}: {len(found.files)} {found.kind} files, {found.count:,} tensors{index}")
+        click.echo(found.headline)
         for line in (*(f"note: {n}" for n in found.notes), *(f"fault: {f}" for f in found.faults)):
             click.echo(line)
         click.echo(f"owner: {plan.owner or 'none'}")
