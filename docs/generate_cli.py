@@ -19,7 +19,7 @@ def page() -> str:
         "Written by `make docs` from the commands; a test holds it to them.",
         "",
     ]
-    root = click.Context(weights, info_name="weights", terminal_width=100)
+    root = click.Context(weights, info_name="weights", terminal_width=100, **weights.context_settings)
     parts += _block(root, weights)
     for name in weights.list_commands(root):
         command = weights.get_command(root, name)
