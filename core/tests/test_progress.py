@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import threading
 
 import pytest
@@ -97,3 +98,20 @@ def test_a_second_start_replaces_the_bar_and_close_is_idempotent(show):
         progress.close()
 
     assert "100/100" in show(drive)
+
+
+def test_a_line_of_log_begins_below_the_bar(checkpoint, show):
+    def logged():
+        handler = logging.StreamHandler()
+        logger = logging.getLogger("weights")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            load(checkpoint)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)
+
+    lines = show(logged).replace("\r", "\n").splitlines()
+    assert any(line.startswith("apply: ") for line in lines)
+    assert not any("apply: " in line and "%|" in line for line in lines)

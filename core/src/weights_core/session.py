@@ -414,6 +414,7 @@ class Session:
         except BaseException:
             self.state = State.FAILED
             raise
+        self._progress.close()  # a line of log begins below the bar
         done = self._meter.phases[-1]
         log.info("%s: %.3f s, %.1f MB", done.name, done.seconds, done.nbytes / 1e6)
 
