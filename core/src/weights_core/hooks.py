@@ -53,7 +53,7 @@ class Hooks:
     def __init__(self, *, rank: int = 0) -> None:
         self._rank = rank
         self._plugins: dict[str, tuple[Installed, object]] = {}
-        self._settings: dict[str, Mapping[str, object]] = {}
+        self._settings: dict[str, object] = {}
         self._tap = _Tap()
         self._manager = _Manager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -109,7 +109,7 @@ class Hooks:
 
     def settings(self, name: str) -> Mapping[str, object]:
         """Return a registered plugin's settings, its defaults included."""
-        return self._settings[name]
+        return _fields(self._settings[name])
 
     def resolve_format(self, name: str, request: LoadRequest) -> FormatClaim | None:
         """Ask one plugin what it would do; see `hookspecs.resolve_format`."""
@@ -204,7 +204,7 @@ class Hooks:
             raise PluginVersionError(f"plugin {plugin.name!r} of {plugin.origin}: {_skew(speaks, plugin)}")
         schema: type | None = getattr(cls, "Config", None)
         values = config.structure(plugin.name, schema, settings)
-        self._settings[plugin.name] = _fields(values)
+        self._settings[plugin.name] = values
         try:
             return cls(values) if hasattr(cls, "Config") else cls()
         except Exception as exc:  # a third party's constructor may raise anything

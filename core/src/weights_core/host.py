@@ -139,10 +139,7 @@ class PluginHost:
 
     def check(self) -> list[tuple[Installed, str | None]]:
         """Return every installed plugin by name, with the reason why it can't be used, if so."""
-        hooks = Hooks()
-        self._register(hooks)
-        left_out = {out.plugin.name: out.reason for out in hooks.left_out}
-        return [(plugin, left_out.get(name)) for name, plugin in sorted(self._plugins.items())]
+        return [(self._plugins[one.name], one.why_not) for one in self.overview()]
 
     def overview(self) -> list[PluginInfo]:
         """Return what every installed plugin is, by name."""

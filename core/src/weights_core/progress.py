@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING, Literal
 
@@ -22,11 +23,16 @@ class Progress:
         self._bar: tqdm[None] | None = None
         self._lock = threading.Lock()  # a load and its meter's thread both report
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anyone to show a bar to: what it costs to prepare one is spent only then."""
+        return self._wanted and sys.stderr is not None and sys.stderr.isatty()
+
     def start(self, total: int) -> None:
         """Show a bar of `total` bytes, in place of one that was shown before."""
         self.close()
         with self._lock:
-            self._bar = _bar(total, self._label, self._row) if self._wanted else None
+            self._bar = _bar(total, self._label, self._row) if self.wanted else None
 
     def show(self, done: int) -> None:
         """Say that `done` bytes have been fetched."""
@@ -48,5 +54,4 @@ def _bar(total: int, label: str, row: int) -> tqdm[None]:
     class Quiet(tqdm):  # type: ignore[type-arg]
         monitor_interval = 0  # no thread that outlives the load
 
-    # disable=None: no bar where standard error is no terminal
-    return Quiet(total=total, desc=label, position=row, unit="B", unit_scale=True, disable=None)
+    return Quiet(total=total, desc=label, position=row, unit="B", unit_scale=True)

@@ -268,7 +268,8 @@ class Session:
         chain = _known(self._chain)
         while True:
             provided = _known(self._provided)
-            self._progress.start(_due_bytes(provided.weights, self.engine))
+            if self._progress.wanted:
+                self._progress.start(_due_bytes(provided.weights, self.engine))
             applied, error = self._try_apply(provided)
             try:
                 if _known(self._ranks).served("apply", provided.provider, error) and applied is not None:
