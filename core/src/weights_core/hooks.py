@@ -7,7 +7,8 @@ ordering mark, a lost result) is refused here, with the plugin and its distribut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -24,6 +25,7 @@ from weights_core.errors import (
     PluginVersionError,
     WeightsError,
 )
+from weights_core.trace import HookCall, Observer
 from weights_core.types import FormatClaim, Layout, LoadRequest, Outcome, PublishReceipt
 from weights_core.weightset import WeightSet
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from weights_core.source import Source
 
 T = TypeVar("T")
+_TAP = "weights_core tap"
 
 
 @attrs.frozen
@@ -47,17 +50,21 @@ class LeftOut:
 class Hooks:
     """The plugins of one load, registered, and the five hooks as typed calls.
 
-    `left_out` lists installed plugins that are blocked, not enabled, or broken.
+    `left_out` lists installed plugins that are blocked, not enabled, or broken. An `observer` is
+    told of every call.
     """
 
-    def __init__(self, *, rank: int = 0) -> None:
+    def __init__(self, *, rank: int = 0, observer: Observer | None = None) -> None:
         self._rank = rank
         self._plugins: dict[str, tuple[Installed, object]] = {}
         self._settings: dict[str, object] = {}
         self._tap = _Tap()
         self._manager = _Manager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._manager.register(self._tap, name="weights_core tap")
+        self._manager.register(self._tap, name=_TAP)
+        if observer is not None:
+            monitor = _Monitor(observer, rank)
+            self._manager.add_hookcall_monitoring(monitor.before, monitor.after)
         self.left_out: list[LeftOut] = []
 
     @property
@@ -264,6 +271,44 @@ class _Manager(pluggy.PluginManager):
 
     def parse_hookspec_opts(self, module_or_class: Any, name: str) -> pluggy.HookspecOpts | None:
         return super().parse_hookspec_opts(module_or_class, name) if name in hookspecs.HOOKS else None
+
+
+class _Monitor:
+    """Makes a `HookCall` of what pluggy reports; one load's calls nest but do not overlap."""
+
+    def __init__(self, observer: Observer, rank: int) -> None:
+        self._observer = observer
+        self._rank = rank
+        self._begun: list[float] = []
+
+    def before(self, hook: str, methods: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
+        self._begun.append(time.perf_counter())
+
+    def after(
+        self,
+        outcome: pluggy.Result[Any],
+        hook: str,
+        methods: Sequence[pluggy.HookImpl],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        seconds = time.perf_counter() - self._begun.pop()
+        called = [m for m in methods if not m.wrapper]
+        if not called:  # the plugin does not implement this hook
+            return
+        result = None if outcome.exception is not None else outcome.get_result()
+        self._observer(
+            HookCall(
+                plugin=called[0].plugin_name,
+                hook=hook,
+                arguments=dict(arguments),
+                around=tuple(m.plugin_name for m in reversed(methods) if m.wrapper and m.plugin_name != _TAP),
+                result=next(iter(result), None) if isinstance(result, list) else result,
+                error=outcome.exception,
+                seconds=seconds,
+                depth=len(self._begun),
+                rank=self._rank,
+            )
+        )
 
 
 @attrs.define

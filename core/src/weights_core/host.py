@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 import attrs
 
 from weights_core import config as settings
+from weights_core import trace
 from weights_core.discovery import BUILT_IN, Installed, built_in, check_names, installed
 from weights_core.engine import Engine
 from weights_core.errors import PluginConfigError, PluginError, PluginNotFoundError
@@ -69,6 +70,7 @@ class PluginHost:
         config: settings.Settings | None = None,
         enable: Enable = "installed",
         block: Collection[str] = (),
+        observer: trace.Observer | None = None,
     ) -> None:
         """Choose among `plugins`; the built-in disk source is always added.
 
@@ -77,6 +79,7 @@ class PluginHost:
             config: plugin name → setting → value.
             enable: `"installed"` for all, or the name or names to use, in the order that breaks ties.
             block: names that are never used, whatever else is said.
+            observer: is told of every hook call of every session.
 
         Raises:
             PluginConflictError: two plugins of one name, neither blocked.
@@ -84,6 +87,7 @@ class PluginHost:
             PluginConfigError: `config` names one that is not installed.
         """
         known = (*plugins, built_in())
+        self._observer = observer
         self._blocked = frozenset(block)
         check_names(p for p in known if p.name not in self._blocked)
         self._plugins = {p.name: p for p in known}
@@ -110,12 +114,16 @@ class PluginHost:
         enable: Enable = "installed",
         environ: Mapping[str, str] = os.environ,
     ) -> PluginHost:
-        """Return a host over the installed plugins, `WEIGHTS_CONFIG` and `WEIGHTS_BLOCK` applied."""
+        """Return a host over the installed plugins.
+
+        `WEIGHTS_CONFIG`, `WEIGHTS_BLOCK` and `WEIGHTS_TRACE` are applied.
+        """
         return cls(
             installed(),
             config=settings.merged(config, environ),
             enable=enable,
             block=settings.blocked(environ),
+            observer=trace.from_environment(environ),
         )
 
     def session(self, request: LoadRequest, engine: Engine, *, progress: Show = "rank 0") -> Session:
@@ -129,7 +137,7 @@ class PluginHost:
             PluginError: a plugin that the request names, or that is explicitly enabled, is broken.
                 Others that are broken are left out, with a warning.
         """
-        hooks = Hooks(rank=request.rank)
+        hooks = Hooks(rank=request.rank, observer=self._observer)
         demanded = {*request.format, *(self._explicit or ())}
         for plugin, exc in self._register(hooks):
             if plugin.name in demanded or isinstance(exc, PluginConfigError):

@@ -92,7 +92,7 @@ class SafetensorsShard(Shard):
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Read straight into `out` if it is contiguous host memory and whole rows are wanted."""
-        import torch
+        from weights_core.tensors import as_bytes
 
         meta = self.metas[name]
         dtype = self._torch_dtype(meta)
@@ -101,7 +101,7 @@ class SafetensorsShard(Shard):
         whole_rows = all(len(r) == size for r, size in zip(wanted[1:], meta.torch_shape[1:], strict=True))
         if out.device.type == "cpu" and out.is_contiguous() and whole_rows:
             _, skip = _row_bytes(meta, wanted[:1])
-            self._read(meta, out.detach().reshape(-1).view(torch.uint8), skip)
+            self._read(meta, as_bytes(out), skip)
         else:
             out.detach().copy_(self.read(name, slices))
 

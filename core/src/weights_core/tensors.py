@@ -13,4 +13,5 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements as a flat uint8 tensor: a view if contiguous, else a copy."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # a single element may have any stride

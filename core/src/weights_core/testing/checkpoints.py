@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -73,3 +74,25 @@ def _round_trips(dtype: str) -> bool:
             return torch.equal(as_bytes(load_file(Path(folder) / "t")["t"]), as_bytes(tensor))
     except (KeyError, ValueError, SafetensorError):
         return False
+
+
+def zoo(dtypes_held: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return tensors of random bits: every dtype of `dtypes_held` in every kind of shape, and twins.
+
+    Shapes `()`, with 0, odd, and up to three dimensions; one of 1 MiB; a transposed one; and two
+    names for one tensor.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for dtype in dtypes_held:
+        for shape in ((), (0,), (7,), (3, 0, 2), (5, 6), (4, 3, 2)):
+            if prod(shape) * dtypes.BITS[dtype] % 8 or (dtype == "F4" and shape in ((), (7,))):
+                continue  # types of less than a byte fill whole bytes, row by row
+            name = f"{dtype}.{'x'.join(map(str, shape)) or 'scalar'}"
+            found[name] = random_tensor(*shape, dtype=dtype, seed=len(found))
+    widest = next((dtype for dtype in ("F32", "BF16", "F16", "U8") if dtype in dtypes_held), None)
+    if widest is not None:
+        found["large"] = random_tensor(512, 512, dtype=widest, seed=1)
+        found["transposed"] = random_tensor(6, 9, dtype=widest, seed=2).t()
+        found["tied.one"] = random_tensor(8, 8, dtype=widest, seed=3)
+        found["tied.other"] = found["tied.one"]
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 from weights_core.config import Settings
 from weights_core.discovery import Installed
 from weights_core.host import Enable, PluginHost
+from weights_core.trace import Observer
 
 
 def installed_as(
@@ -24,8 +25,9 @@ def host_of(
     config: Settings | None = None,
     enable: Enable = "installed",
     block: Collection[str] = (),
+    observer: Observer | None = None,
     **plugins: Any,
 ) -> PluginHost:
     """Return a host over `name=class` alone and the built-in disk; the environment is not read."""
     known = [installed_as(name, plugin) for name, plugin in plugins.items()]
-    return PluginHost(known, config=config, enable=enable, block=block)
+    return PluginHost(known, config=config, enable=enable, block=block, observer=observer)
