@@ -2,10 +2,8 @@
 """The distributions build, install into a clean environment, and find each other there."""
 
 import subprocess
-import sys
-import sysconfig
 import tarfile
-import venv
+import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -14,39 +12,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-OURS = {"weights-core": ROOT / "core", "weights-parallel-shards": ROOT / "plugins/parallel_shards"}
-PROBE = ROOT / "tests/plugins/weights-probe"
+OURS = {
+    tomllib.loads((project / "pyproject.toml").read_text())["project"]["name"]: project
+    for project in (ROOT / "core", *sorted((ROOT / "plugins").iterdir()))
+}
 
 
 def run(*command, **options):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    dist = tmp_path_factory.mktemp("dist")
-    for project in (*OURS.values(), PROBE):
-        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, project)
-    return dist
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory, built):
-    """A new environment with our wheels; third parties' packages are seen by links, not copied."""
-    home = tmp_path_factory.mktemp("clean")
-    venv.create(home, with_pip=True)
-    python = home / "bin" / "python"
-    third_parties = home / "third-parties"
-    third_parties.mkdir()
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "weights" not in entry.name and entry.suffix != ".pth":
-            (third_parties / entry.name).symlink_to(entry)
-    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    (Path(purelib) / "third-parties.pth").write_text(f"{third_parties}\n")
-    run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *sorted(built.glob("*.whl")))
-    return home / "bin"
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -16,11 +16,12 @@ from weights_core import config as settings
 from weights_core import hookspecs
 from weights_core.api import explain as make_plan
 from weights_core.api import load as load_weights
-from weights_core.cli.app import EPILOG, FAULT, guarded, without_collecting
+from weights_core.cli.app import EPILOG, FAULT, PLUGIN, guarded, without_collecting
 from weights_core.discovery import BUILT_IN
 from weights_core.errors import CleanupError
 from weights_core.host import PluginHost
 from weights_core.report import render_decision
+from weights_core.trace import VARIABLE as TRACE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -246,6 +247,68 @@ def doctor(path: Path, config_file: Path | None, as_json: bool) -> None:
             click.echo(one)
     if any(one.verdict == "problem" for one in found):
         raise click.exceptions.Exit(FAULT)
+
+
+@main.command()
+@click.argument("name")
+@click.option(
+    "--contract", metavar="MODULE:CLASS", help="The contract class that its author tests the plugin with."
+)
+@_config
+@_json
+@guarded
+def check(name: str, contract: str | None, config_file: Path | None, as_json: bool) -> None:
+    """Try the installed plugin NAME on its contract, clause by clause.
+
+    Without --contract it is tried on safetensors checkpoints, in each role that it takes. Exits with
+    3 if a clause is broken.
+
+    \b
+    Examples:
+      weights check parallel_shards
+      weights check hello --contract tests.test_contract:TestHello
+    """
+    from weights_core.cli.checking import tried
+
+    broken = 0
+    printed = []
+    for heading, results in tried(name, contract, settings.merged(_read(config_file)).get(name, {})):
+        if not as_json:
+            click.echo(heading)
+        for verdict in results:
+            broken += verdict.result == "broken"
+            printed.append(verdict.as_dict() | {"contract": heading})
+            if not as_json:
+                click.echo(verdict)
+    if as_json:
+        click.echo(json.dumps(printed, indent=2))
+    else:
+        click.echo(f"{len(printed)} clauses, {broken} broken")
+    if broken:
+        raise click.exceptions.Exit(PLUGIN)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Append to this file, not to standard error."
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@guarded
+def trace(output: Path | None, command: tuple[str, ...]) -> None:
+    """Run COMMAND and show every hook call: plugin, arguments, result and time.
+
+    Sets WEIGHTS_TRACE, which any program that loads weights honours: 1 for standard error, or a file.
+
+    \b
+    Examples:
+      weights trace -- weights load models/llama
+      weights trace -o calls.log -- python serve.py
+    """
+    environ = os.environ | {TRACE: "1" if output is None else str(output.absolute())}
+    try:
+        os.execvpe(command[0], command, environ)
+    except OSError as exc:
+        raise click.BadParameter(f"{command[0]}: {exc.strerror}", param_hint="COMMAND") from exc
 
 
 @main.command()

@@ -46,7 +46,13 @@ __all__ = [
 
 _MODULES = {
     "checkpoints": ("every_dtype", "random_tensor", "write_checkpoint", "zoo"),
-    "contracts": ("OwnerContract", "PluginContract", "PublisherContract", "SourceContract", "WrapperContract"),
+    "contracts": (
+        "OwnerContract",
+        "PluginContract",
+        "PublisherContract",
+        "SourceContract",
+        "WrapperContract",
+    ),
     "engines": ("FakeEngine",),
     "hosts": ("host_of", "installed_as"),
     "leftovers": ("Held",),

@@ -50,6 +50,19 @@ def write_checkpoint(
     return folder
 
 
+def write_three_files(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write `tensors` as a safetensors checkpoint of three files, which holds no strides and no ties."""
+    apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return write_checkpoint(folder / "model", apart, shards=3)
+
+
+def read_with_safetensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read every safetensors file of a folder with the safetensors library."""
+    return {
+        name: t for file in sorted(checkpoint.glob("*.safetensors")) for name, t in load_file(file).items()
+    }
+
+
 def random_tensor(*shape: int, dtype: str = "F32", seed: int = 0) -> torch.Tensor:
     """Return a tensor of random *bits* (random truth values for BOOL) of a safetensors dtype."""
     generator = torch.Generator().manual_seed(seed)

@@ -38,6 +38,7 @@ class FakeEngine(Engine):
     ) -> None:
         """Expect tensors of the names, shapes and dtypes of `like`, whose contents are not used."""
         self.events: list[str] = []
+        self.at_post_load: dict[str, bytes] = {}
         self._fail_at = fail_at
         self._expected = {name: meta_of(name, tensor) for name, tensor in like.items()}
         self.params = {name: _blank(meta) for name, meta in self._expected.items()}
@@ -93,7 +94,8 @@ class FakeEngine(Engine):
         return sum(meta.nbytes for meta in self._expected.values())
 
     def post_load(self, layout: Layout) -> None:
-        """Do nothing but remember."""
+        """Remember, in `at_post_load`, the bytes that were there."""
+        self.at_post_load = self.contents()
         self._happened("post_load", layout)
 
     def tensors(self, layout: Layout) -> Mapping[str, torch.Tensor]:

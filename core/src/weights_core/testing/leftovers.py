@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -28,14 +29,15 @@ class Held:
     @classmethod
     def now(cls) -> Held:
         """Return what this process holds now."""
-        folders = (_SHARED_MEMORY, Path(tempfile.gettempdir()))
+        temporary = Path(tempfile.gettempdir())
         return cls(
             frozenset(
                 [
                     *_descriptors(),
                     *(f"thread {thread.name} ({thread.ident})" for thread in threading.enumerate()),
                     *(f"process {pid}" for pid in _children()),
-                    *(str(entry) for folder in folders if folder.is_dir() for entry in folder.iterdir()),
+                    *(str(entry) for entry in temporary.iterdir()),
+                    *(str(entry) for entry in _segments()),
                 ]
             )
         )
@@ -43,12 +45,12 @@ class Held:
     def left_over(self, *, settle: float = 2.0) -> list[str]:
         """Return what is held now and was not then, once `settle` seconds have not made it go."""
         deadline = time.monotonic() + settle
-        while True:
-            gc.collect()
-            left = sorted(Held.now().things - self.things)
-            if not left or time.monotonic() > deadline:
+        while left := sorted(Held.now().things - self.things):
+            if time.monotonic() > deadline:
                 return left
-            time.sleep(0.02)
+            gc.collect()
+            time.sleep(0.01)
+        return []
 
 
 def _descriptors() -> list[str]:
@@ -61,9 +63,24 @@ def _descriptors() -> list[str]:
     return found
 
 
+def _segments() -> list[Path]:
+    """Return the entries of `/dev/shm` that are ours to remove: not those that a stranger has open."""
+    entries = list(_SHARED_MEMORY.iterdir()) if _SHARED_MEMORY.is_dir() else []
+    if not entries:
+        return []
+    strangers = set()
+    ours = {os.getpid(), *_children()}
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) not in ours:
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                strangers |= {os.readlink(fd) for fd in (process / "fd").iterdir()}
+                strangers |= {line.rpartition(" ")[2] for line in (process / "maps").read_text().splitlines()}
+    return [entry for entry in entries if str(entry) not in strangers]
+
+
 def _children() -> list[int]:
-    return [
-        int(pid)
-        for task in os.listdir("/proc/self/task")
-        for pid in Path(f"/proc/self/task/{task}/children").read_text().split()
-    ]
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found += map(int, (task / "children").read_text().split())
+    return found

@@ -13,6 +13,7 @@ class HookRecorder:
         self.calls: list[HookCall] = []
 
     def __call__(self, call: HookCall) -> None:
+        """Keep a call."""
         self.calls.append(call)
 
     def of(self, plugin: str | None = None, hook: str | None = None) -> list[HookCall]:

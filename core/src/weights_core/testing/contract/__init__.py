@@ -16,13 +16,12 @@ from weights_core.testing.contract.model import (
     Clause,
     Subject,
     UnfitSubjectError,
-    Verdict,
     Violation,
     all_clauses,
 )
 from weights_core.types import Role
 
-__all__ = ["Clause", "Subject", "UnfitSubjectError", "Verdict", "Violation", "clauses", "excluded"]
+__all__ = ["Clause", "Subject", "UnfitSubjectError", "Violation", "clauses", "excluded"]
 
 
 def clauses(role: Role) -> list[Clause]:
@@ -39,8 +38,10 @@ def excluded(exclusions: Mapping[str, str], role: Role, whose: str) -> Mapping[s
     known = {clause.name for clause in clauses(role)}
     for name, reason in exclusions.items():
         if name not in known:
-            raise UnfitSubjectError(f"{whose} excludes {name!r}, which is no clause of a {role.value}'s contract")
-        if not isinstance(reason, str) or len(reason.split()) < 3:
+            raise UnfitSubjectError(
+                f"{whose} excludes {name!r}, which is no clause of a {role.value}'s contract"
+            )
+        if len(str(reason or "").split()) < 3:
             raise UnfitSubjectError(
                 f"{whose} excludes {name!r} without a reason: say in a sentence why an engine won't suffer"
             )

@@ -20,39 +20,19 @@ def few(seed: int = 0) -> dict[str, torch.Tensor]:
     """Return two small tensors of random bits."""
     return {
         "a": random_tensor(3, 4, dtype="F32", seed=seed + 1),
-        "b": random_tensor(5, dtype="BF16", seed=seed + 2),
+        "b": random_tensor(5, dtype="U8", seed=seed + 2),
     }
 
 
-def many(seed: int = 0) -> dict[str, torch.Tensor]:
+def many(seed: int = 0, *, prefix: str = "many.") -> dict[str, torch.Tensor]:
     """Return 24 tensors of 64 KiB each, of random bits."""
-    return {f"many.{i}.w": random_tensor(64, 256, dtype="F32", seed=seed + i) for i in range(24)}
-
-
-def cut_short(checkpoint: Path) -> Path:
-    """Cut the largest file of tensors in half; return it."""
-    file = _largest(checkpoint)
-    with file.open("r+b") as handle:
-        handle.truncate(file.stat().st_size // 2)
-    return file
-
-
-def removed(checkpoint: Path) -> Path:
-    """Remove the largest file of tensors; return where it was."""
-    file = _largest(checkpoint)
-    file.unlink()
-    return file
+    return {f"{prefix}{i}.w": random_tensor(64, 256, dtype="F32", seed=seed + i) for i in range(24)}
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Return the bytes and the time of every file."""
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
-
-
-def _largest(checkpoint: Path) -> Path:
-    files = [checkpoint] if checkpoint.is_file() else [p for p in checkpoint.rglob("*") if p.is_file()]
-    return max(files, key=lambda p: p.stat().st_size)
 
 
 class Spy(WeightSet):

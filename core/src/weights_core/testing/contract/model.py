@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import os
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import attrs
 import torch
@@ -33,7 +34,7 @@ from weights_core.weightset import WeightSet
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Violation(AssertionError):
+class Violation(AssertionError):  # noqa: N818 - a verdict
     """A plugin does not do what a clause says."""
 
 
@@ -49,7 +50,7 @@ class Subject:
     `prepare(folder, tensors)` writes what the plugin reads and returns the checkpoint's path.
     `oracle(path)` reads the same back and must not use the plugin. `offered(receipt)` reads what a
     publisher offers, again without the plugin. `dtypes` are those that the plugin's format can
-    hold; `settle` is how many seconds it may take to give back what it held.
+    hold, F32 and U8 among them; `settle` is how many seconds it may take to give back what it held.
     """
 
     name: str
@@ -61,6 +62,10 @@ class Subject:
     offered: Callable[[Any], Tensors] | None = None
     dtypes: Collection[str]
     settle: float = 2.0
+
+    def __attrs_post_init__(self) -> None:
+        if not {"F32", "U8"} <= set(self.dtypes):
+            raise UnfitSubjectError(f"the contract of {self.name!r} needs F32 and U8 among its `dtypes`")
 
     def seen_by_the_oracle(self, checkpoint: Path) -> dict[str, torch.Tensor]:
         """Return what the oracle reads.
@@ -161,8 +166,15 @@ class Case:
         self._made += 1
         folder = self.folder / f"checkpoint-{self._made}"
         folder.mkdir()
-        path = self.subject.prepare(folder, tensors)
-        truth = self.subject.seen_by_the_oracle(path)
+        try:
+            path = self.subject.prepare(folder, tensors)
+            truth = self.subject.seen_by_the_oracle(path)
+        except UnfitSubjectError:
+            raise
+        except Exception as exc:
+            raise UnfitSubjectError(
+                f"`prepare` or the oracle of {self.name!r} failed: {type(exc).__name__}: {exc}"
+            ) from exc
         if truth.keys() != tensors.keys():
             raise UnfitSubjectError(
                 f"`prepare` of {self.name!r} was given {len(tensors)} tensors, its oracle reads {len(truth)}"
@@ -180,10 +192,10 @@ class Case:
         return self.host().hooks(request).resolve_format(self.name, request)
 
     def host(
-        self, *, observer: HookRecorder | None = None, block: tuple[str, ...] = (), **others: type
+        self, *, observer: HookRecorder | None = None, block: tuple[str, ...] = (), **others: Any
     ) -> PluginHost:
         """Return a host of this plugin, `others` and the disk, sealed from the machine."""
-        plugins = {self.name: self.subject.plugin, **others}
+        plugins: dict[str, Any] = {self.name: self.subject.plugin, **others}
         config = {self.name: self.config} if self.config else {}
         return host_of(config=config, observer=observer, block=block, **plugins)
 
@@ -194,7 +206,7 @@ class Case:
         *,
         observer: HookRecorder | None = None,
         block: tuple[str, ...] = (),
-        **others: type,
+        **others: Any,
     ) -> Session:
         """Return a session of a load of `checkpoint` in which the plugin takes part."""
         host = self.host(observer=observer, block=block, **others)
@@ -202,7 +214,7 @@ class Case:
 
     @contextlib.contextmanager
     def opened(
-        self, prepared: Prepared, *, observer: HookRecorder | None = None, **others: type
+        self, prepared: Prepared, *, observer: HookRecorder | None = None, **others: Any
     ) -> Iterator[WeightSet]:
         """Load up to the set, as an engine gets it, and abandon the load at the end."""
         engine = FakeEngine(prepared.truth)
@@ -219,7 +231,7 @@ class Case:
         engine: FakeEngine,
         *,
         observer: HookRecorder | None = None,
-        **others: type,
+        **others: Any,
     ) -> LoadReport:
         """Run a whole load and return its report; the plugin must have taken part."""
         recorder = observer or HookRecorder()
@@ -253,7 +265,7 @@ class Case:
         if not holds:
             self.fail(otherwise)
 
-    def fail(self, what: str) -> None:
+    def fail(self, what: str) -> NoReturn:
         """Say what was seen that must not be."""
         raise Violation(what)
 
@@ -266,6 +278,12 @@ class Case:
         if not torch.equal(as_bytes(got), as_bytes(due)):
             self.fail(f"{how} of {name!r} ({due.dtype} {list(due.shape)}) gave other bytes than are stored")
 
+    def holds(self, engine: FakeEngine, prepared: Prepared, how: str) -> None:
+        """Fail unless `engine` had the bytes of `prepared` when its post-load ran."""
+        for name, due in prepared.truth.items():
+            if engine.at_post_load.get(name) != as_bytes(due).numpy().tobytes():
+                self.fail(f"{how} gave {name!r} other bytes than are stored")
+
 
 def run_all_steps(session: Session) -> None:
     """Drive a session up to, and not including, `finish`."""
@@ -275,19 +293,6 @@ def run_all_steps(session: Session) -> None:
     session.publish(Layout.SHARDED)
     session.post_load()
     session.publish(Layout.FINAL)
-
-
-@attrs.frozen
-class Verdict:
-    """What came of one clause: it holds, is broken, or was excluded with a reason."""
-
-    clause: str
-    result: Literal["holds", "broken", "excluded"]
-    detail: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """Return plain values for JSON."""
-        return {"clause": self.clause, "result": self.result, "detail": self.detail}
 
 
 @contextlib.contextmanager
@@ -335,13 +340,17 @@ def _not_calling(plugin: type, what: str, function: Callable[..., object]) -> It
             caught.append(f"{module}.{frame.f_code.co_name}")
 
     before = sys.getprofile()
+    collects = gc.isenabled()
+    gc.disable()  # a finaliser of an earlier load is not the function's doing
     sys.setprofile(watch)
     threading.setprofile(watch)
     try:
         yield
     finally:
         sys.setprofile(before)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
+        if collects:
+            gc.enable()
     if caught:
         raise UnfitSubjectError(
             f"{what} calls {caught[0]}, which is the plugin's: what it reads would be compared with "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from weights_core import dtypes
 from weights_core.errors import WeightsError
 from weights_core.tensors import as_bytes
 from weights_core.testing.checkpoints import random_tensor, zoo
-from weights_core.testing.contract.material import cut_short, few, many, removed
+from weights_core.testing.contract.material import few, many
 from weights_core.testing.contract.model import Case, clause
 from weights_core.testing.engines import FakeEngine
+from weights_core.testing.faults import cut_short, removed
 from weights_core.testing.recorder import HookRecorder
 from weights_core.types import FormatClaim, Role
 from weights_core.weightset import Slices, Target
@@ -167,13 +168,15 @@ def a_destination_that_does_not_fit_is_refused(case: Case) -> None:
                 case.fail(f"{way}() took a destination of {what}")
 
 
-@clause(*_SETS, suffers="a misspelt name ends in a tensor of something else, or in an error nobody understands")
+@clause(
+    *_SETS, suffers="a misspelt name ends in a tensor of something else, or in an error nobody understands"
+)
 def an_unknown_name_is_a_key_error(case: Case) -> None:
     """`meta`, `read`, `stream`, `read_into` and `fill` raise KeyError for a name that is not there."""
     prepared = case.checkpoint(few())
     out = torch.zeros(1)
     with case.opened(prepared) as weights:
-        ways = {
+        ways: dict[str, Callable[[], object]] = {
             "meta": lambda: weights.meta("nowhere"),
             "read": lambda: weights.read("nowhere"),
             "stream": lambda: list(weights.stream(["nowhere"])),
@@ -211,7 +214,9 @@ def a_kept_tensor_never_changes(case: Case) -> None:
         case.same(name, view, before, "looking again at a kept view")
 
 
-@clause(*_SETS, suffers="the host holds the whole checkpoint, however the engine consumes it")
+@clause(
+    Role.SOURCE, Role.WRAPPER, suffers="the host holds the whole checkpoint, however the engine consumes it"
+)
 def what_was_released_is_freed(case: Case) -> None:
     """What was streamed and released takes no memory any more, and is not freed twice."""
     size, count = 8 * _MIB, 10
@@ -289,7 +294,8 @@ def a_damaged_checkpoint_is_an_error(case: Case) -> None:
     for damage in (cut_short, removed):
         prepared = case.checkpoint(many())
         file = damage(prepared.path)
-        recorder, error, delivered = HookRecorder(), None, 0
+        recorder, delivered = HookRecorder(), 0
+        error: BaseException | None = None
         engine = FakeEngine(prepared.truth)
         try:
             with case.session(prepared.path, engine, observer=recorder) as session:
