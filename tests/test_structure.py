@@ -2,6 +2,7 @@
 """The rules of the house that a machine can check: imports, licences, what an import may cost."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -142,3 +143,9 @@ assert "torch" not in sys.modules
 def test_every_source_file_names_its_licence():
     missing = [p for p in SOURCES if not p.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")]
     assert not missing
+
+
+def test_every_plugin_of_ours_is_tried_on_its_contract():
+    for project in (ROOT / "core", *(ROOT / "plugins").iterdir(), ROOT / "examples/weights-hello"):
+        tests = "\n".join(path.read_text() for path in (project / "tests").glob("test_contract*.py"))
+        assert re.search(r"^class Test\w+\(\w+Contract\)", tests, re.MULTILINE), project
