@@ -15,7 +15,11 @@ HELLO = ROOT / "examples/weights-hello"
 PAGE = ROOT / "docs/writing-a-plugin.md"
 FILE = re.compile(r"^`([\w./-]+)`\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-OFFLINE = "--quiet --no-index --no-deps --no-build-isolation"
+HERE = {  # how a command of the page is run in an environment that has no index and few scripts
+    "pip install": "pip install --quiet --no-index --no-deps --no-build-isolation",
+    "python -m build": "python -m build --no-isolation",
+    "pytest": "python -m pytest",
+}
 
 
 def run(command, where, bin, **options):
@@ -31,7 +35,7 @@ def test_the_example_installs_and_honours_its_contract(clean, tmp_path):
     copied = tmp_path / "weights-hello"
     copied.mkdir()
     run(["cp", "-r", *HELLO.iterdir(), copied], tmp_path, clean)
-    run(["python", "-m", "pip", "install", *shlex.split(OFFLINE), "."], copied, clean)
+    run(shlex.split(f"{HERE['pip install']} ."), copied, clean)
     try:
         assert "hello" in run(["weights", "plugins"], tmp_path, clean)
         out = run(["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], copied, clean)
@@ -42,25 +46,32 @@ def test_the_example_installs_and_honours_its_contract(clean, tmp_path):
 
 def test_the_page_leads_to_a_plugin_that_works(clean, tmp_path):
     """Every block is used: files are written as named, commands are run, in the order of the page."""
-    page, done = PAGE.read_text(), 0
+    try:
+        follow(PAGE.read_text(), tmp_path, clean)
+    finally:
+        run(["python", "-m", "pip", "uninstall", "--quiet", "--yes", "weights-tally"], tmp_path, clean)
+    assert len(list((tmp_path / "dist").iterdir())) == 2
+
+
+def follow(page, folder, bin):
+    done = 0
     named = {match.end(): match for match in FILE.finditer(page)}
     for block in BLOCK.finditer(page):
         kind, text = block.groups()
         if block.end() in named:
-            path = tmp_path / named[block.end()].group(1)
+            path = folder / named[block.end()].group(1)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         elif kind == "console":
             for line in text.splitlines():
-                offline = line.replace("pip install", f"pip install {OFFLINE}")
-                run(shlex.split(offline.replace("-m build", "-m build --no-isolation")), tmp_path, clean)
+                for written, offline in HERE.items():
+                    line = offline + line.removeprefix(written) if line.startswith(written) else line
+                run(shlex.split(line), folder, bin)
         else:
             assert "exclusions" in text
-            (tmp_path / "tests/test_contract.py").write_text(text)
+            (folder / "tests/test_contract.py").write_text(text)
         done += 1
     assert done == len(re.findall(r"^```\w", page, re.MULTILINE)) == 10
-    assert len(list((tmp_path / "dist").iterdir())) == 2
-    run(["python", "-m", "pip", "uninstall", "--quiet", "--yes", "weights-tally"], tmp_path, clean)
 
 
 @pytest.mark.parametrize("hook", ["resolve_format", "load_weights"])

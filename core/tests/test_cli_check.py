@@ -121,7 +121,7 @@ def test_a_sound_plugin_honours_every_clause():
     assert heading.startswith("weights-core ")
     assert heading.endswith(": disk as a source")
     assert [line.split() for line in verdicts] == [["holds", c.name] for c in clauses(Role.SOURCE)]
-    assert last == f"{len(verdicts)} clauses, 0 broken"
+    assert last == f"{len(verdicts)} clauses: {len(verdicts)} hold"
 
 
 def test_a_broken_plugin_ends_with_3_and_names_the_clause(tmp_path):
@@ -156,7 +156,7 @@ def test_the_table_tells_what_was_seen_under_a_clause_that_is_broken(few_clauses
     }
     assert detail.startswith(" " * 12)
     assert "Else " in detail
-    assert last == "2 clauses, 1 broken"
+    assert last == "2 clauses: 1 hold, 1 broken"
 
 
 def test_json_is_all_that_is_printed(few_clauses):
@@ -233,7 +233,7 @@ def test_a_contract_of_an_author_is_found_from_where_one_is():
     assert sorted(v[1] for v in verdicts if v[0] == "holds") == sorted(CHEAP)
     assert sum(v[0] == "excluded" for v in verdicts) == len(clauses(Role.SOURCE)) - len(CHEAP)
     assert lines.count(" " * 12 + "is tried elsewhere at length") == len(clauses(Role.SOURCE)) - len(CHEAP)
-    assert last == f"{len(clauses(Role.SOURCE))} clauses, 0 broken"
+    assert last == f"{len(clauses(Role.SOURCE))} clauses: {len(clauses(Role.SOURCE)) - 2} excluded, 2 hold"
     assert sys.path == before
 
 

@@ -365,8 +365,9 @@ def test_a_load_refuses_every_fault_and_names_the_file(checkpoint, fault):
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_the_index_of_small_files_is_not_taken_for_one_of_them(tmp_path, fault):
-    """Three files of one tensor each are smaller than their index."""
-    write_checkpoint(tmp_path / "small", TENSORS, shards=3)
+    """Three files of two tensors each are smaller than their index."""
+    named = {f"a.name.that.is.as.long.as.those.of.models.{i}.weight": torch.zeros(1) for i in range(6)}
+    write_checkpoint(tmp_path / "small", named, shards=3)
     file = fault(tmp_path / "small")
     assert (file.suffix == ".json") == fault.__name__.endswith("in_the_index")
 

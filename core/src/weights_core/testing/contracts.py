@@ -95,7 +95,7 @@ class PluginContract:
         try:
             subject = type(self).subject()
         except UnfitSubjectError as exc:
-            raise pytest.UsageError(str(exc)) from exc
+            raise pytest.Collector.CollectError(str(exc)) from exc
         cases = [
             pytest.param(
                 clause,

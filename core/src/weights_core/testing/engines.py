@@ -68,7 +68,7 @@ class FakeEngine(Engine):
         self._touched = True
         self.events.append("apply")
         targets = [Target(name, out) for name, out in self.params.items() if name in weights]
-        for done, target in enumerate(weights.fill(targets)):
+        for done, target in enumerate(weights.fill(targets), start=1):
             weights.release([target.name])
             if done * 2 >= len(targets):
                 self._may_fail("apply")
@@ -78,9 +78,10 @@ class FakeEngine(Engine):
         """Take the set's own tensors."""
         self._touched = True
         self.events.append("bind")
-        for done, name in enumerate(name for name in self._expected if name in weights):
+        names = [name for name in self._expected if name in weights]
+        for done, name in enumerate(names, start=1):
             self.params[name] = weights[name]
-            if done * 2 >= len(self._expected):
+            if done * 2 >= len(names):
                 self._may_fail("bind")
         return self._applied(weights)
 

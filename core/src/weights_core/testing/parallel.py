@@ -86,6 +86,8 @@ class TensorParallelEngine(Engine):
         Raises:
             EngineError: the sizes can't be cut by `size`.
         """
+        if size < 1:
+            raise EngineError(f"a world of size {size} has no ranks")
         for what, number in (("heads", shape.heads), ("ffn", shape.ffn), ("vocab", shape.vocab)):
             if number % size:
                 raise EngineError(f"{number} {what} can't be cut into {size} parts")

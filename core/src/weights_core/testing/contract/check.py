@@ -12,6 +12,7 @@ import attrs
 
 from weights_core.discovery import Installed
 from weights_core.errors import PluginError
+from weights_core.host import PluginHost
 from weights_core.testing.checkpoints import (
     every_dtype,
     random_tensor,
@@ -21,7 +22,6 @@ from weights_core.testing.checkpoints import (
 from weights_core.testing.contract import UnfitSubjectError, Violation, clauses
 from weights_core.testing.contract.model import Subject
 from weights_core.testing.engines import FakeEngine
-from weights_core.testing.hosts import host_of
 from weights_core.types import LoadRequest, Role
 
 
@@ -66,15 +66,13 @@ def subjects(plugin: Installed, settings: Mapping[str, object]) -> list[Subject]
     Raises:
         PluginError: it is broken, or takes no part.
     """
-    made = plugin.load()
     with tempfile.TemporaryDirectory(prefix="weights-check-") as folder:
         tensors = {f"w{i}": random_tensor(512, 512, dtype="F32", seed=i) for i in range(3)}
         path = write_three_files(Path(folder), tensors)
         engine = FakeEngine(tensors)
         request = LoadRequest(checkpoint=path, engine=engine.info, format=(plugin.name,))
-        hooks = host_of(config={plugin.name: settings} if settings else {}, **{plugin.name: made}).hooks(
-            request
-        )
+        host = PluginHost([plugin], config={plugin.name: settings} if settings else {})
+        hooks = host.hooks(request)
         claim = hooks.resolve_format(plugin.name, request)
     roles = sorted(claim.roles, key=list(Role).index) if claim is not None else []
     if not roles:
@@ -86,7 +84,7 @@ def subjects(plugin: Installed, settings: Mapping[str, object]) -> list[Subject]
     return [
         Subject(
             name=plugin.name,
-            plugin=made,
+            plugin=plugin.load(),
             role=role,
             config=lambda _folder: settings,
             prepare=write_three_files,

@@ -329,7 +329,13 @@ def _not_calling(plugin: type, what: str, function: Callable[..., object]) -> It
     package = plugin.__module__.partition(".")[0]
     own = getattr(function, "__module__", None)
     shared = own is not None and own.partition(".")[0] == package
-    methods = {f.__code__ for cls in plugin.__mro__ for f in vars(cls).values() if inspect.isfunction(f)}
+    methods = {
+        f.__code__
+        for cls in plugin.__mro__
+        if cls.__module__.partition(".")[0] == package
+        for f in vars(cls).values()
+        if inspect.isfunction(f)
+    }
     caught: list[str] = []
 
     def watch(frame: FrameType, event: str, _argument: object) -> None:
