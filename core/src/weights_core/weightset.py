@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from weights_core.errors import ConsumedError
 from weights_core.types import Layout, TensorMeta
 
 if TYPE_CHECKING:
@@ -134,6 +135,14 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
         """Return a view whose values read when indexed, as `safe_open().get_slice` does."""
         return _LazyView(self)
 
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """Return a view that reads each tensor as it comes to it, less those consumed meanwhile."""
+        return Items(self)
+
+    def values(self) -> ValuesView[torch.Tensor]:
+        """Return a view that reads as that of `items` does."""
+        return Values(self)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)
 
@@ -160,12 +169,17 @@ class WeightSetWrapper(WeightSet):
     """A set that forwards everything to `inner`; wrappers override what they change.
 
     A wrapper that overrides `read` is read through it on every path: unless it overrides them too,
-    `stream`, `read_into` and `fill` are then the generic ones, which build on `read`.
+    `stream`, `read_into` and `fill` are then the generic ones, which build on `read`. Likewise the
+    names it iterates over are those of `metas` if it overrides that.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for changed, built_on_it in (("read", ("stream", "read_into", "fill")), ("read_into", ("fill",))):
+        for changed, built_on_it in (
+            ("read", ("stream", "read_into", "fill")),
+            ("read_into", ("fill",)),
+            ("metas", ("__iter__", "__len__", "__contains__")),
+        ):
             for name in built_on_it:
                 if changed in vars(cls) and name not in vars(cls):
                     setattr(cls, name, getattr(WeightSet, name))
@@ -214,6 +228,41 @@ class WeightSetWrapper(WeightSet):
     def close(self) -> None:
         """Close the inner set."""
         self.inner.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.inner
+
+
+class Items(ItemsView[str, "torch.Tensor"]):
+    """The items of a mapping that may shrink while they are iterated."""
+
+    _mapping: Mapping[str, torch.Tensor]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in self._mapping:
+            try:
+                tensor = self._mapping[name]
+            except ConsumedError:
+                continue
+            yield name, tensor
+            del tensor  # the consumer's now: not to be kept while the next is read
+
+
+class Values(ValuesView["torch.Tensor"]):
+    """The values of a mapping that may shrink while they are iterated."""
+
+    _mapping: Mapping[str, torch.Tensor]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for item in Items(self._mapping):
+            yield item[1]
+            del item
 
 
 class LazyTensor:
