@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 Slices = tuple[slice, ...]
 """One slice per leading dimension, each with step 1; dimensions left out are taken whole."""
+
+
+Allocate = Callable[[int], "torch.Tensor"]
+"""Returns uninitialised host memory of so many bytes, as a flat tensor of uint8. Thread-safe."""
 
 
 @attrs.frozen(eq=False)
@@ -128,6 +132,13 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
         del names
         return 0
 
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Ask that tensors the set makes in host memory be made in what `allocate` returns.
+
+        A set whose tensors lie in memory that it has anyway does nothing.
+        """
+        del allocate
+
     def close(self) -> None:
         """Free all that the set holds; idempotent. Whoever opened the set, and the load's end, call it."""
 
@@ -224,6 +235,10 @@ class WeightSetWrapper(WeightSet):
     def release(self, names: Iterable[str]) -> int:
         """Release in the inner set."""
         return self.inner.release(names)
+
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Ask the inner set."""
+        self.inner.allocate_from(allocate)
 
     def close(self) -> None:
         """Close the inner set."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from types import MappingProxyType
 
@@ -42,11 +41,10 @@ class DerivedSet(WeightSet):
         return tensor
 
     def release(self, names: Iterable[str]) -> int:
-        """Take tensors out of the dict; return the bytes of the storages that died by it, each once."""
-        taken = [self._tensors.pop(name) for name in names if name in self._tensors]
-        storages = {id(s): (weakref.ref(s), s.nbytes()) for s in map(torch.Tensor.untyped_storage, taken)}
-        taken.clear()
-        return sum(size for storage, size in storages.values() if storage() is None)
+        """Take tensors out of the dict."""
+        for name in names:
+            self._tensors.pop(name, None)
+        return 0
 
     def close(self) -> None:
         """Let go of the dict, which is the engine's."""

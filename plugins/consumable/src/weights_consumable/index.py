@@ -35,16 +35,13 @@ class NameIndex:
             self._sorted = sorted(self.names)
         begin = bisect_left(self._sorted, prefix + ".")
         end = bisect_left(self._sorted, prefix + _AFTER_DOT, begin)
-        found = [name for name in self._sorted[begin:end] if name in self.names]
+        left = self.names
+        found = [name for name in self._sorted[begin:end] if name in left]
         if end - begin > 2 * len(found) + _SLACK:
             self._sorted[begin:end] = found
-        return [prefix, *found] if prefix in self.names else found
+        return [prefix, *found] if prefix in left else found
 
     def remove(self, names: Iterable[str]) -> list[str]:
         """Remove `names`; return those that were there, each once."""
-        removed = []
-        for name in names:
-            if name in self.names:
-                del self.names[name]
-                removed.append(name)
-        return removed
+        left = self.names
+        return [name for name in names if left.pop(name, True) is None]

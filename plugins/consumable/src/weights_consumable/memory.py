@@ -8,33 +8,18 @@ unmapped when nothing refers to it: a large tensor has a mapping of its own, sma
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import threading
 import weakref
 
-import attrs
 import torch
 
-SHARED = 1 << 20
+SHARED = 8 << 20
 """Bytes of a mapping that small tensors share."""
-SMALL = SHARED // 16
-"""The most bytes of a tensor that shares one; above, rounding up to pages costs under 1/16."""
+SMALL = 1 << 20
+"""The most bytes of a tensor that shares one."""
 _HUGE = 2 << 20
 _ALIGNMENT = 64
-
-
-@attrs.frozen(eq=False)
-class Loan:
-    """`nbytes` of memory that were lent to a tensor; it lives until the tensor's storage dies."""
-
-    nbytes: int
-    _memory: weakref.ref[memoryview]
-
-    @property
-    def is_live(self) -> bool:
-        """Whether a tensor still refers to the memory."""
-        return self._memory() is not None
 
 
 class Lender:
@@ -45,19 +30,17 @@ class Lender:
         self._used = 0
         self._lock = threading.Lock()
 
-    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, Loan | None]:
-        """Return an uninitialised tensor and what tells of its memory; None if it needs none.
+    def lend(self, nbytes: int) -> torch.Tensor:
+        """Return uninitialised memory as a flat tensor of uint8, whose storage is that memory alone.
 
         Raises:
             OSError: the system has no memory.
         """
-        nbytes = math.prod(shape) * dtype.itemsize
         if not nbytes:
-            return torch.empty(shape, dtype=dtype, device="cpu"), None
-        # The tensor's storage keeps this view and only this, the view keeps the mapping.
-        view = self._part(nbytes) if nbytes <= SMALL else memoryview(_mapped(nbytes))[:nbytes]
-        raw = torch.frombuffer(view, dtype=torch.uint8)
-        return raw.view(dtype).reshape(shape), Loan(nbytes, weakref.ref(view))
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        # The tensor's storage keeps the memoryview, which keeps the mapping.
+        part = self._part(nbytes) if nbytes <= SMALL else memoryview(_mapped(nbytes))[:nbytes]
+        return torch.frombuffer(part, dtype=torch.uint8)
 
     def trim(self) -> None:
         """Give the shared mapping back, unless a tensor lives on it."""
@@ -77,7 +60,7 @@ class Lender:
 
 
 def _mapped(nbytes: int) -> mmap.mmap:
-    """Map zeroed memory: private, so that a forked child's writes are its own."""
+    """Map memory: private, so that a forked child's writes are its own."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if nbytes >= _HUGE:
         with contextlib.suppress(OSError):  # a kernel without huge pages; they are only faster

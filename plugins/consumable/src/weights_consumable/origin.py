@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
-import attrs
+_BETWEEN = frozenset(
+    {__name__, "weights_consumable.weights", "weights_core.guard", "weights_core.weightset", "contextlib"}
+)
 
-_BETWEEN = ("weights_consumable.", "weights_core.guard", "weights_core.weightset", "contextlib")
 
-
-@attrs.frozen
-class Origin:
+class Origin(NamedTuple):
     """A call that consumed, and where it was made."""
 
     call: str
@@ -22,7 +22,7 @@ class Origin:
     def of(cls, call: str) -> Origin:
         """Return the origin of `call` in the nearest frame that is neither ours nor the core's guard."""
         frame = inspect.currentframe()
-        while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
             frame = frame.f_back
         if frame is None:
             return cls(call, "?", 0)

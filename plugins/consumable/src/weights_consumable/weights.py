@@ -20,11 +20,11 @@ import attrs
 
 from weights_consumable.derived import DerivedSet
 from weights_consumable.index import NameIndex
-from weights_consumable.memory import Lender, Loan
+from weights_consumable.loans import Loans
+from weights_consumable.memory import Lender
 from weights_consumable.origin import Origin
-from weights_core import coverage, dtypes
+from weights_core import coverage
 from weights_core.errors import ConsumedError
-from weights_core.types import Layout, TensorMeta
 from weights_core.weightset import (
     Items,
     Slices,
@@ -32,7 +32,6 @@ from weights_core.weightset import (
     Values,
     WeightSet,
     WeightSetWrapper,
-    normalise,
 )
 
 if TYPE_CHECKING:
@@ -62,28 +61,25 @@ class ConsumableWeights(WeightSetWrapper):
     iteration goes over the names there were when it began, less those consumed before it came to
     them; so does `stream`.
 
-    Nothing is kept: every reading by name gives memory of its own, which is back with the system the
-    moment its last tensor dies, consumed or not, and is never taken from one that lives. Only
-    tensors of up to 64 KiB share pieces of 1 MiB, which go back together. `stream`, `fill` and
-    `read_into` are the inner set's, with its read-ahead. A set that cannot read into given memory
-    hands out its own here too.
+    Nothing is kept: a tensor that was handed out, by name or from the stream, is in memory of its own
+    that is back with the system the moment the last view of it dies, and is never taken from one that
+    lives. Tensors of up to 1 MiB share pieces of 8 MiB, which go back together. This holds for sets
+    that let others allocate, as those over a checkpoint's files do; the memory of others is theirs.
+    `stream`, `fill` and `read_into` are the inner set's, with its read-ahead.
     """
 
     def __init__(self, inner: WeightSet) -> None:
         super().__init__(inner)
         self._index = NameIndex(inner)
         self._by: dict[str, Origin] = {}
-        self._lent: dict[str, list[Loan]] = {}
-        self._outlived: dict[str, list[Loan]] = {}
+        self._loans = Loans()
+        self._lender = Lender()
         self._derived: ConsumableWeights | None = None
         self._observer: Callable[[Consumption], object] | None = None
         self._marked = False
         self._consumed_bytes = 0
         self._lock = threading.Lock()
-        self._lender: Lender | None = None
-        reads_into = type(inner).read_into is not WeightSet.read_into
-        if reads_into and inner.layout is Layout.CHECKPOINT:  # other layouts may be bound without a copy
-            self._lender = Lender()
+        inner.allocate_from(self._lender.lend)
 
     # To consume -------------------------------------------------------------------------------
 
@@ -112,8 +108,9 @@ class ConsumableWeights(WeightSetWrapper):
         """Consume the tensors named.
 
         Returns:
-            The bytes of memory lent for them to which no tensor refers any more, and what the inner
-            set gave back. Memory that outlives the call goes back later, and is not counted.
+            The bytes freed: what the inner set says it gave back, or else those of the tensors handed
+            out for these names that nothing refers to any more, each storage once. Memory that is
+            still referred to goes back later, and is not counted.
         """
         wanted = list(names)
         return self._consume(lambda: wanted, "release()")[1]
@@ -126,15 +123,20 @@ class ConsumableWeights(WeightSetWrapper):
         very dict, so that no second dict pins it, and memory goes back when the last of the tensors
         on it is taken out. Tensors that share memory with this set's keep it alive; accounting and
         left-overs go on in the set returned, observed as this one is. What the inner set lent stays
-        lent until it is closed. Of this set nothing can be read any more.
+        lent until it is closed. Of this set nothing can be read any more, nor of a dict that was handed
+        over before: drop it.
 
         Raises:
             TypeError: a value is no tensor.
         """
         by = Origin.of("take_ownership()")
         heir = ConsumableWeights(DerivedSet(derived, layout=self.layout, provider=self.provider))
+        for item in derived.items():
+            heir._handed_out(*item)
         with self._lock:
-            self._forget(list(self._index.names), by)
+            names = self._index.remove(list(self._index.names))
+            self._by.update(dict.fromkeys(names, by))
+            self._loans = Loans()
             self._marked, self._derived = True, heir
             heir._marked, heir._observer = True, self._observer
         if isinstance(self.inner, DerivedSet):
@@ -166,10 +168,9 @@ class ConsumableWeights(WeightSetWrapper):
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of the memory lent by name to which tensors still refer, consumed or not."""
+        """Bytes of the tensors handed out that are still referred to, consumed or not."""
         with self._lock:
-            groups = [*self._lent.values(), *self._outlived.values()]
-            return _bytes(loan for loans in groups for loan in loans if loan.is_live)
+            return sum(loan.nbytes for loan in self._loans.live())
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -179,36 +180,27 @@ class ConsumableWeights(WeightSetWrapper):
             return notes
         with self._lock:
             left = list(self._index.names)
-            held = {name: [loan for loan in lent if loan.is_live] for name, lent in self._outlived.items()}
+            held = [loan for loan in self._loans.live() if not loan.names]
         if left:
             size = sum(self.metas[name].nbytes for name in left)
-            notes += (f"never consumed, {size / 1e6:.1f} MB in {coverage.listed(left)}",)
-        kept = [name for name, loans in held.items() if loans]
-        if kept:
-            size = sum(map(_bytes, held.values()))
-            notes += (f"consumed, but still referred to, {size / 1e6:.1f} MB of {coverage.listed(kept)}",)
+            notes += (f"never consumed, {size / 1e6:.1f} MB: {coverage.listed(left)}",)
+        if held:
+            size = sum(loan.nbytes for loan in held)
+            listed = coverage.listed([loan.name for loan in held])
+            notes += (f"consumed, but still referred to, {size / 1e6:.1f} MB: {listed}",)
         return notes + (self._derived.notes if self._derived is not None else ())
 
     # To read ----------------------------------------------------------------------------------
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
-        """Read into memory of the tensor's own.
+        """Read from the inner set.
 
         Raises:
             ConsumedError: it was consumed.
         """
         self._refuse_consumed([name])
-        meta = self.metas.get(name)
-        dtype = None if meta is None else _torch_dtype(meta)
-        if self._lender is None or meta is None or dtype is None:
-            return self.inner.read(name, slices)  # which says what is wrong with the name or the dtype
-        shape = tuple(len(part) for part in normalise(slices, meta.torch_shape))
-        tensor, loan = self._lender.lend(shape, dtype)
-        self.inner.read_into(name, tensor, slices)
-        if loan is not None:
-            with self._lock:
-                lent = self._outlived if name in self._by else self._lent
-                lent.setdefault(name, []).append(loan)
+        tensor = self.inner.read(name, slices)
+        self._handed_out(name, tensor)
         return tensor
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
@@ -232,6 +224,7 @@ class ConsumableWeights(WeightSetWrapper):
             names = list(self)
         for item in self.inner.stream(names):
             if item[0] not in self._by:
+                self._handed_out(*item)
                 yield item
             del item  # the consumer's now: not to be kept while the next is read
 
@@ -248,8 +241,7 @@ class ConsumableWeights(WeightSetWrapper):
     def close(self) -> None:
         """Close the inner set. Tensors that were read by name stay as they are."""
         self.inner.close()
-        if self._lender is not None:
-            self._lender.trim()
+        self._lender.trim()
         if self._derived is not None:
             self._derived.close()
 
@@ -269,29 +261,22 @@ class ConsumableWeights(WeightSetWrapper):
         """Consume what `find`, called under the lock, returns; return how many, and the bytes freed."""
         by, metas = Origin.of(call), self.metas
         with self._lock:
-            names, freed = self._forget(find(), by)
-            nbytes = sum(metas[name].nbytes for name in names)
+            names = self._index.remove(find())
+            self._by.update(dict.fromkeys(names, by))
+            loans = self._loans.remove(names)
+            nbytes = sum([metas[name].nbytes for name in names])
             self._consumed_bytes += nbytes
         if not names:
             return 0, 0
-        freed += self.inner.release(names)
-        if self._lender is not None:
-            self._lender.trim()
+        freed = self.inner.release(names) or sum(loan.nbytes for loan in loans if not loan.is_live)
+        self._lender.trim()
         if self._observer is not None:
             self._observer(Consumption(names=tuple(names), nbytes=nbytes, freed=freed, by=str(by)))
         return len(names), freed
 
-    def _forget(self, names: Iterable[str], by: Origin) -> tuple[list[str], int]:
-        """Take names out of the mapping; return those that were there, and the bytes freed."""
-        gone, freed = self._index.remove(names), 0
-        self._by.update(dict.fromkeys(gone, by))
-        for name in gone:
-            loans = self._lent.pop(name, [])
-            outlived = [loan for loan in loans if loan.is_live]
-            if outlived:
-                self._outlived[name] = outlived
-            freed += _bytes(loans) - _bytes(outlived)
-        return gone, freed
+    def _handed_out(self, name: str, tensor: torch.Tensor) -> None:
+        with self._lock:
+            self._loans.add(name, tensor)
 
     def _refuse_consumed(self, names: Iterable[str]) -> None:
         for name in names:
@@ -339,14 +324,3 @@ class PrefixView(Mapping[str, "torch.Tensor"]):
 
     def _full(self, name: str) -> str:
         return ".".join(part for part in (self._prefix, name) if part)
-
-
-def _bytes(loans: Iterable[Loan]) -> int:
-    return sum(loan.nbytes for loan in loans)
-
-
-def _torch_dtype(meta: TensorMeta) -> torch.dtype | None:
-    try:
-        return dtypes.to_torch(meta.dtype)
-    except KeyError:
-        return None
