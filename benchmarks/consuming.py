@@ -177,11 +177,13 @@ def print_memory() -> None:
 
 
 def memory_of(way: Callable[[Path], Iterator[None]], path: Path) -> tuple[int, list[int]]:
-    """Return the exact peak and the level after each module, above that at the start."""
-    torch.zeros(1 << 20).sum()
+    """Return the exact peak and the level after each module, above that before the first."""
+    use(torch.zeros(1 << 20, dtype=torch.uint8))
+    steps = way(path)
+    next(steps)
     Path("/proc/self/clear_refs").write_text("5")
     start = rss()
-    after = [rss() - start for _ in way(path)]
+    after = [rss() - start for _ in steps]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024 - start, after
 
@@ -197,8 +199,9 @@ def disk_set(path: Path) -> WeightSet:
 
 
 def by_name(path: Path) -> Iterator[None]:
-    """A module's dict is read whole, then the module is marked."""
+    """Once opened: a module's dict is read whole, then the module is marked."""
     weights = ConsumableWeights(disk_set(path))
+    yield
     for n in range(MODULES):
         module = dict(weights.filter_prefix(f"layers.{n:02}").items())
         for tensor in module.values():
@@ -214,6 +217,7 @@ def streamed(path: Path) -> Iterator[None]:
     weights = ConsumableWeights(disk_set(path))
     due = {f"layers.{n:02}": len(weights.names_under(f"layers.{n:02}")) for n in range(MODULES)}
     gathered: dict[str, list[torch.Tensor]] = {}
+    yield
     for name, tensor in weights.stream():
         prefix = ".".join(name.split(".")[:2])
         gathered.setdefault(prefix, []).append(tensor)
@@ -228,6 +232,7 @@ def streamed(path: Path) -> Iterator[None]:
 
 def mapped(path: Path) -> Iterator[None]:
     """The seed's way: `load_file` of every shard into one dict, entries deleted."""
+    yield
     weights = {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
     yield from deleting(weights)
 
@@ -235,6 +240,7 @@ def mapped(path: Path) -> Iterator[None]:
 def opened(path: Path) -> Iterator[None]:
     """A dict by `safe_open`, entries deleted."""
     weights = {}
+    yield
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
             weights.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118

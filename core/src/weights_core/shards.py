@@ -17,6 +17,7 @@ from weights_core.checkpoint import CheckpointFiles, disagreements
 from weights_core.errors import CheckpointError
 from weights_core.files import File
 from weights_core.header import read_header
+from weights_core.mapping import MappedFile
 from weights_core.types import TensorMeta
 from weights_core.weightset import Allocate, Slices, check_destination, normalise
 
@@ -176,6 +177,7 @@ class PickledShard(Shard):
         self._file = File(path)
         try:
             self._tensors = _unpickle(self._file)
+            self._mapped = MappedFile(path)
             self.metas = {name: _pickled_meta(path, name, t) for name, t in self._tensors.items()}
         except BaseException:
             self._file.close()
@@ -183,16 +185,22 @@ class PickledShard(Shard):
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Copy the tensor, or a part of it, out of the mapped file."""
-        part = self._clone(self._part(name, slices))
-        self._file.check_unchanged()
-        return part
+        part = self._part(name, slices)
+        copy = self._clone(part)
+        self._done(part)
+        return copy
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Copy into `out`."""
         part = self._part(name, slices)
         check_destination(name, out, tuple(part.shape), part.dtype)
         out.detach().copy_(part)
+        self._done(part)
+
+    def _done(self, part: torch.Tensor) -> None:
         self._file.check_unchanged()
+        if part.is_contiguous():
+            self._mapped.drop(part.data_ptr(), part.numel() * part.element_size())
 
     def _part(self, name: str, slices: Slices | None) -> torch.Tensor:
         tensor = self._tensors.get(name)

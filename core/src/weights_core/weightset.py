@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import operator
 from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any
 
@@ -262,11 +263,10 @@ class Items(ItemsView[str, "torch.Tensor"]):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self._mapping:
             try:
-                tensor = self._mapping[name]
+                item = [(name, self._mapping[name])]
             except ConsumedError:
                 continue
-            yield name, tensor
-            del tensor  # the consumer's now: not to be kept while the next is read
+            yield item.pop()  # kept here, it would outlive what the consumer does with it
 
 
 class Values(ValuesView["torch.Tensor"]):
@@ -275,9 +275,7 @@ class Values(ValuesView["torch.Tensor"]):
     _mapping: Mapping[str, torch.Tensor]
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for item in Items(self._mapping):
-            yield item[1]
-            del item
+        return map(operator.itemgetter(1), Items(self._mapping))
 
 
 class LazyTensor:

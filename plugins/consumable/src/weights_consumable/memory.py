@@ -14,10 +14,9 @@ import weakref
 
 import torch
 
-SHARED = 8 << 20
-"""Bytes of a mapping that small tensors share."""
-SMALL = 1 << 20
-"""The most bytes of a tensor that shares one."""
+SMALL = {16 << 10: 256 << 10, 1 << 20: 8 << 20}
+"""The most bytes of a tensor that shares a mapping → the bytes of that mapping. Two sizes, as scales
+that are kept should not hold the room of weights."""
 _HUGE = 2 << 20
 _ALIGNMENT = 64
 
@@ -26,8 +25,7 @@ class Lender:
     """Lends memory to tensors, and never takes it back from one that lives. Thread-safe."""
 
     def __init__(self) -> None:
-        self._shared: mmap.mmap | None = None
-        self._used = 0
+        self._shared = [_Shared(most, size) for most, size in SMALL.items()]
         self._lock = threading.Lock()
 
     def lend(self, nbytes: int) -> torch.Tensor:
@@ -38,25 +36,42 @@ class Lender:
         """
         if not nbytes:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
-        # The tensor's storage keeps the memoryview, which keeps the mapping.
-        part = self._part(nbytes) if nbytes <= SMALL else memoryview(_mapped(nbytes))[:nbytes]
-        return torch.frombuffer(part, dtype=torch.uint8)
+        shared = next((shared for shared in self._shared if nbytes <= shared.most), None)
+        if shared is None:
+            part = memoryview(_mapped(nbytes))[:nbytes]
+        else:
+            with self._lock:
+                part = shared.part(nbytes)
+        return torch.frombuffer(part, dtype=torch.uint8)  # its storage keeps `part`, which keeps the mapping
 
     def trim(self) -> None:
-        """Give the shared mapping back, unless a tensor lives on it."""
+        """Give shared mappings back, unless a tensor lives on them."""
         with self._lock:
-            if self._shared is not None:
-                shared = weakref.ref(self._shared)
-                self._shared = None  # which unmaps it, if that was the last reference
-                self._shared = shared()
+            for shared in self._shared:
+                shared.trim()
 
-    def _part(self, nbytes: int) -> memoryview:
-        with self._lock:
-            if self._shared is None or self._used + nbytes > SHARED:
-                self._shared, self._used = _mapped(SHARED), 0
-            begin = self._used
-            self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-            return memoryview(self._shared)[begin : begin + nbytes]
+
+class _Shared:
+    """The mapping that the next tensors of at most `most` bytes get a part of."""
+
+    def __init__(self, most: int, size: int) -> None:
+        self.most = most
+        self._size = size
+        self._used = 0
+        self._mapping: mmap.mmap | None = None
+
+    def part(self, nbytes: int) -> memoryview:
+        if self._mapping is None or self._used + nbytes > self._size:
+            self._mapping, self._used = _mapped(self._size), 0
+        begin = self._used
+        self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return memoryview(self._mapping)[begin : begin + nbytes]
+
+    def trim(self) -> None:
+        if self._mapping is not None:
+            mapping = weakref.ref(self._mapping)
+            self._mapping = None  # which unmaps it, if that was the last reference
+            self._mapping = mapping()
 
 
 def _mapped(nbytes: int) -> mmap.mmap:

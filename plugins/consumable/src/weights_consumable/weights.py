@@ -63,7 +63,7 @@ class ConsumableWeights(WeightSetWrapper):
 
     Nothing is kept: a tensor that was handed out, by name or from the stream, is in memory of its own
     that is back with the system the moment the last view of it dies, and is never taken from one that
-    lives. Tensors of up to 1 MiB share pieces of 8 MiB, which go back together. This holds for sets
+    lives. Tensors of up to 1 MiB share mappings of at most 8 MiB, which go back together. This holds for sets
     that let others allocate, as those over a checkpoint's files do; the memory of others is theirs.
     `stream`, `fill` and `read_into` are the inner set's, with its read-ahead.
     """
@@ -222,11 +222,7 @@ class ConsumableWeights(WeightSetWrapper):
             self._refuse_consumed(names)
         elif self._by:
             names = list(self)
-        for item in self.inner.stream(names):
-            if item[0] not in self._by:
-                self._handed_out(*item)
-                yield item
-            del item  # the consumer's now: not to be kept while the next is read
+        yield from filter(self._is_due, self.inner.stream(names))  # which keeps nothing it has yielded
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill from the inner set, straight.
@@ -273,6 +269,12 @@ class ConsumableWeights(WeightSetWrapper):
         if self._observer is not None:
             self._observer(Consumption(names=tuple(names), nbytes=nbytes, freed=freed, by=str(by)))
         return len(names), freed
+
+    def _is_due(self, item: tuple[str, torch.Tensor]) -> bool:
+        if item[0] in self._by:
+            return False
+        self._handed_out(*item)
+        return True
 
     def _handed_out(self, name: str, tensor: torch.Tensor) -> None:
         with self._lock:
