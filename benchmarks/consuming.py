@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -178,7 +178,7 @@ def print_memory() -> None:
 
 def memory_of(way: Callable[[Path], Iterator[None]], path: Path) -> tuple[int, list[int]]:
     """Return the exact peak and the level after each module, above that before the first."""
-    use(torch.zeros(1 << 20, dtype=torch.uint8))
+    use([torch.zeros(1 << 20, dtype=torch.uint8)])
     steps = way(path)
     next(steps)
     Path("/proc/self/clear_refs").write_text("5")
@@ -188,9 +188,10 @@ def memory_of(way: Callable[[Path], Iterator[None]], path: Path) -> tuple[int, l
     return int(status["VmHWM"].split()[0]) * 1024 - start, after
 
 
-def use(tensor: torch.Tensor) -> None:
+def use(tensors: Iterable[torch.Tensor]) -> None:
     """Touch every byte, as an engine that copies does."""
-    tensor.view(torch.uint8).max()
+    for tensor in tensors:
+        tensor.view(torch.uint8).max()
 
 
 def disk_set(path: Path) -> WeightSet:
@@ -204,10 +205,8 @@ def by_name(path: Path) -> Iterator[None]:
     yield
     for n in range(MODULES):
         module = dict(weights.filter_prefix(f"layers.{n:02}").items())
-        for tensor in module.values():
-            use(tensor)
+        use(module.values())
         module.clear()
-        del tensor
         weights.mark_consumed(f"layers.{n:02}")
         yield
 
@@ -223,9 +222,7 @@ def streamed(path: Path) -> Iterator[None]:
         gathered.setdefault(prefix, []).append(tensor)
         del tensor
         if len(gathered[prefix]) == due[prefix]:
-            for item in gathered.pop(prefix):
-                use(item)
-            del item
+            use(gathered.pop(prefix))
             weights.mark_consumed(prefix)
             yield
 
@@ -251,7 +248,7 @@ def deleting(weights: dict[str, torch.Tensor]) -> Iterator[None]:
     """Use and delete module by module."""
     for n in range(MODULES):
         for name in [name for name in weights if name.startswith(f"layers.{n:02}.")]:
-            use(weights.pop(name))
+            use([weights.pop(name)])
         yield
 
 

@@ -12,6 +12,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     MutableMapping,
+    Sequence,
     ValuesView,
 )
 from typing import TYPE_CHECKING
@@ -72,6 +73,7 @@ class ConsumableWeights(WeightSetWrapper):
         super().__init__(inner)
         self._index = NameIndex(inner)
         self._by: dict[str, Origin] = {}
+        self._ahead: set[str] = set()  # what a stream has yet to come to, so that the inner set has it still
         self._loans = Loans()
         self._lender = Lender()
         self._derived: ConsumableWeights | None = None
@@ -218,11 +220,18 @@ class ConsumableWeights(WeightSetWrapper):
         Raises:
             ConsumedError: one of `names` was consumed before.
         """
-        if names is not None:
-            self._refuse_consumed(names)
-        elif self._by:
-            names = list(self)
-        yield from filter(self._is_due, self.inner.stream(names))  # which keeps nothing it has yielded
+        wanted = list(self if names is None else names)
+        self._refuse_consumed(wanted)
+        with self._lock:
+            self._ahead.update(wanted)
+        try:
+            # `filter` keeps nothing it has yielded, as a loop's variable would
+            yield from filter(self._is_due, self.inner.stream(wanted if self._by else names))
+        finally:
+            with self._lock:
+                passed = [name for name in wanted if name in self._ahead and name in self._by]
+                self._ahead.difference_update(wanted)
+            self._release_inner(passed)
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill from the inner set, straight.
@@ -262,19 +271,25 @@ class ConsumableWeights(WeightSetWrapper):
             loans = self._loans.remove(names)
             nbytes = sum([metas[name].nbytes for name in names])
             self._consumed_bytes += nbytes
+            due = [name for name in names if name not in self._ahead]
         if not names:
             return 0, 0
-        freed = self.inner.release(names) or sum(loan.nbytes for loan in loans if not loan.is_live)
+        freed = self._release_inner(due) or sum(loan.nbytes for loan in loans if not loan.is_live)
         self._lender.trim()
         if self._observer is not None:
             self._observer(Consumption(names=tuple(names), nbytes=nbytes, freed=freed, by=str(by)))
         return len(names), freed
 
     def _is_due(self, item: tuple[str, torch.Tensor]) -> bool:
+        self._ahead.discard(item[0])
         if item[0] in self._by:
+            self._release_inner(item[:1])
             return False
         self._handed_out(*item)
         return True
+
+    def _release_inner(self, names: Sequence[str]) -> int:
+        return self.inner.release(names) if names else 0
 
     def _handed_out(self, name: str, tensor: torch.Tensor) -> None:
         with self._lock:
