@@ -33,8 +33,8 @@ class NameIndex:
             return list(self.names)
         if self._sorted is None:
             self._sorted = sorted(self.names)
-        begin = bisect_left(self._sorted, prefix + ".")
-        end = bisect_left(self._sorted, prefix + _AFTER_DOT, begin)
+        begin = bisect_left(self._sorted, f"{prefix}.")
+        end = bisect_left(self._sorted, f"{prefix}{_AFTER_DOT}", begin)
         left = self.names
         found = [name for name in self._sorted[begin:end] if name in left]
         if end - begin > 2 * len(found) + _SLACK:

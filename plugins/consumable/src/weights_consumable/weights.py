@@ -271,11 +271,12 @@ class ConsumableWeights(WeightSetWrapper):
             loans = self._loans.remove(names)
             nbytes = sum([metas[name].nbytes for name in names])
             self._consumed_bytes += nbytes
-            due = [name for name in names if name not in self._ahead]
+            due = [name for name in names if name not in self._ahead] if self._ahead else names
         if not names:
             return 0, 0
         freed = self._release_inner(due) or sum(loan.nbytes for loan in loans if not loan.is_live)
-        self._lender.trim()
+        if loans:
+            self._lender.trim()
         if self._observer is not None:
             self._observer(Consumption(names=tuple(names), nbytes=nbytes, freed=freed, by=str(by)))
         return len(names), freed
