@@ -29,10 +29,12 @@ def test_lends_memory_that_is_the_tensors_alone(nbytes):
 
 @pytest.mark.parametrize("nbytes", [8 * MIB, 100_000, 10_000])
 def test_memory_is_back_with_the_system_when_the_last_view_dies(nbytes):
-    lender = Lender()
-    lender.lend(nbytes).fill_(1)
+    lender, count = Lender(), 64 * MIB // nbytes
+    tensors = [lender.lend(nbytes).fill_(1) for _ in range(count)]  # objects take room of their own
+    tensors.clear()
+    lender.close()
     before = rss()
-    tensors = [lender.lend(nbytes).fill_(1) for _ in range(64 * MIB // nbytes)]
+    tensors = [lender.lend(nbytes).fill_(1) for _ in range(count)]
     assert rss() - before > 60 * MIB
     view = tensors[-1][5:7]
     tensors.clear()
@@ -41,7 +43,31 @@ def test_memory_is_back_with_the_system_when_the_last_view_dies(nbytes):
     assert view.tolist() == [1, 1]
     del view
     lender.trim()
-    assert rss() - before < 2 * MIB
+    assert rss() - before < 3 * MIB  # an eighth of a mapping, rounded up to a huge page
+
+
+@pytest.mark.parametrize("nbytes", [MEDIUM, TINY])
+def test_what_is_kept_for_the_next_tensor_is_little_and_goes_when_closed(nbytes):
+    lender = Lender()
+    first = lender.lend(nbytes).fill_(1)
+    place = first.data_ptr()
+    del first
+    lender.trim()
+    again = lender.lend(nbytes)
+    assert again.data_ptr() == place  # on the same pages
+    lender.close()
+    assert torch.all(again == 1)
+    assert lender.lend(nbytes).data_ptr() != place
+
+
+def test_only_what_lies_behind_the_last_that_lives_is_lent_again():
+    lender = Lender()
+    tensors = [lender.lend(64).fill_(n) for n in range(4)]
+    del tensors[3], tensors[1]
+    lent = [lender.lend(64).fill_(9) for _ in range(3)]
+    assert lent[0].data_ptr() - tensors[0].data_ptr() == 3 * 64
+    assert [int(tensor[0]) for tensor in tensors] == [0, 2]
+    assert len({tensor.data_ptr() for tensor in (*tensors, *lent)}) == 5
 
 
 def test_a_kept_scale_does_not_hold_the_room_of_weights():

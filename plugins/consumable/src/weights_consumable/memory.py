@@ -45,33 +45,55 @@ class Lender:
         return torch.frombuffer(part, dtype=torch.uint8)  # its storage keeps `part`, which keeps the mapping
 
     def trim(self) -> None:
-        """Give shared mappings back, unless a tensor lives on them."""
+        """Give shared mappings back that no tensor lives on, unless hardly touched."""
         with self._lock:
             for shared in self._shared:
                 shared.trim()
 
+    def close(self) -> None:
+        """Keep no memory; what tensors live on goes with them."""
+        with self._lock:
+            for shared in self._shared:
+                shared.forget()
+
 
 class _Shared:
-    """The mapping that the next tensors of at most `most` bytes get a part of."""
+    """The mapping that the next tensors of at most `most` bytes get a part of.
+
+    Parts behind the last that lives are lent again, so that whoever drops each tensor before the next
+    stays on the same few pages; an eighth of the mapping at most is kept for that when trimmed.
+    """
 
     def __init__(self, most: int, size: int) -> None:
         self.most = most
         self._size = size
-        self._used = 0
         self._mapping: mmap.mmap | None = None
+        self._parts: list[tuple[int, weakref.ref[memoryview]]] = []  # where each begins
+        self._used = self._touched = 0
 
     def part(self, nbytes: int) -> memoryview:
+        self._rewind()
         if self._mapping is None or self._used + nbytes > self._size:
-            self._mapping, self._used = _mapped(self._size), 0
-        begin = self._used
+            self.forget()
+            self._mapping = _mapped(self._size)
+        part = memoryview(self._mapping)[self._used : self._used + nbytes]
+        self._parts.append((self._used, weakref.ref(part)))
         self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        return memoryview(self._mapping)[begin : begin + nbytes]
+        self._touched = max(self._touched, self._used)
+        return part
 
     def trim(self) -> None:
-        if self._mapping is not None:
-            mapping = weakref.ref(self._mapping)
-            self._mapping = None  # which unmaps it, if that was the last reference
-            self._mapping = mapping()
+        self._rewind()
+        if not self._parts and self._touched > self._size // 8:
+            self.forget()
+
+    def forget(self) -> None:
+        self._mapping, self._parts = None, []
+        self._used = self._touched = 0
+
+    def _rewind(self) -> None:
+        while self._parts and self._parts[-1][1]() is None:
+            self._used, _ = self._parts.pop()
 
 
 def _mapped(nbytes: int) -> mmap.mmap:

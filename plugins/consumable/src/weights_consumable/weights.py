@@ -64,8 +64,8 @@ class ConsumableWeights(WeightSetWrapper):
 
     Nothing is kept: a tensor that was handed out, by name or from the stream, is in memory of its own
     that is back with the system the moment the last view of it dies, and is never taken from one that
-    lives. Tensors of up to 1 MiB share mappings of at most 8 MiB, which go back together. This holds for sets
-    that let others allocate, as those over a checkpoint's files do; the memory of others is theirs.
+    lives. Tensors of up to 1 MiB share mappings of at most 8 MiB, which go back together, and of which
+    up to 2 MiB are kept for the next until the set is closed. This holds for sets that let others allocate, as those over a checkpoint's files do; the memory of others is theirs.
     `stream`, `fill` and `read_into` are the inner set's, with its read-ahead.
     """
 
@@ -246,7 +246,7 @@ class ConsumableWeights(WeightSetWrapper):
     def close(self) -> None:
         """Close the inner set. Tensors that were read by name stay as they are."""
         self.inner.close()
-        self._lender.trim()
+        self._lender.close()
         if self._derived is not None:
             self._derived.close()
 
