@@ -65,8 +65,9 @@ class ConsumableWeights(WeightSetWrapper):
     Nothing is kept: a tensor that was handed out, by name or from the stream, is in memory of its own
     that is back with the system the moment the last view of it dies, and is never taken from one that
     lives. Tensors of up to 1 MiB share mappings of at most 8 MiB, which go back together, and of which
-    up to 2 MiB are kept for the next until the set is closed. This holds for sets that let others allocate, as those over a checkpoint's files do; the memory of others is theirs.
-    `stream`, `fill` and `read_into` are the inner set's, with its read-ahead.
+    up to 2 MiB are kept for the next until the set is closed. This holds for sets that let others
+    allocate, as those over a checkpoint's files do; the memory of other sets is theirs. `stream`,
+    `fill` and `read_into` are the inner set's, with its read-ahead.
     """
 
     def __init__(self, inner: WeightSet) -> None:
