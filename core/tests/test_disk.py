@@ -170,6 +170,40 @@ def test_a_released_tensor_of_a_pickled_file_is_not_read_again(tmp_path):
     assert same(weights["t1"], TENSORS["t1"])
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_tensors_are_made_where_one_asks_for_it(tmp_path, kind):
+    made = {}
+
+    def allocate(count):
+        memory = torch.empty(count, dtype=torch.uint8)
+        made[memory.data_ptr()] = memory
+        return memory
+
+    tensors = {
+        "a": torch.randn(6, 4),
+        "t": torch.randn(5, 3),
+        "h": torch.randn(4).half(),
+        "e": torch.empty(0, 2),
+    }
+    if kind == "bin":
+        tensors["t"] = tensors["t"].t()
+    weights = ShardSet(open_shards(find(write_checkpoint(tmp_path, tensors, kind=kind))), provider="disk")
+    weights.allocate_from(allocate)
+    read = [*weights.stream(), *((name, weights[name]) for name in tensors)]
+    for name, tensor in read:
+        assert torch.equal(tensor, tensors[name])
+        assert tensor.stride() == tensors[name].stride()
+        assert not tensor.numel() or tensor.data_ptr() in made
+    part = weights.read("a", (slice(1, 5), slice(1, 3)))
+    assert torch.equal(part, tensors["a"][1:5, 1:3])
+    assert part.data_ptr() in made
+    out = torch.empty(6, 4)
+    before = len(made)
+    weights.read_into("a", out)
+    assert len(made) == before
+    weights.close()
+
+
 def test_close_frees_all_descriptors(folder):
     weights = open_set(folder)
     assert len(descriptors_in(folder)) == 3

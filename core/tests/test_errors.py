@@ -15,6 +15,7 @@ WHERE = {"plugin": "tape", "distribution": "weights-tape 1.0", "hook": "load_wei
 TAIL = "[plugin tape of weights-tape 1.0, hook load_weights, rank 3]"
 
 EXAMPLES = {
+    errors.ConsumedError: lambda: errors.ConsumedError("a.b", "release() at engine.py:7"),
     errors.LoadFailed: lambda: errors.LoadFailed("half-way", mutated=True),
     errors.NoProviderError: lambda: errors.NoProviderError("nobody", reasons={"disk": "gone"}),
     errors.IdentityMismatchError: lambda: errors.IdentityMismatchError("other", fields={"dtype": (1, 2)}),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import inspect
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from weights_core import dtypes
+from weights_core.errors import ConsumedError
+from weights_core.guard import Guarded
 from weights_core.tensors import nbytes
 from weights_core.types import Layout, TensorMeta
 from weights_core.weightset import (
@@ -273,13 +276,14 @@ def inner(mocker):
         ("read_into", ("a", A, (slice(1),))),
         ("fill", ([Target("a", A)],)),
         ("release", (["a"],)),
+        ("allocate_from", (torch.empty,)),
         ("close", ()),
     ],
 )
 def test_a_wrapper_forwards_every_call_with_its_arguments_and_result(inner, method, args):
     result = getattr(WeightSetWrapper(inner), method)(*args)
     getattr(inner, method).assert_called_once_with(*args)
-    if method not in ("read_into", "close"):
+    if method not in ("read_into", "allocate_from", "close"):
         assert result is getattr(inner, method).return_value
 
 
@@ -306,6 +310,77 @@ def test_a_wrapper_is_a_set_itself(weights):
     assert torch.equal(wrapped.lazy()["a"][1:2], -A[1:2])
     assert torch.equal(dict(WeightSetWrapper(weights).stream())["a"], A)
     assert repr(wrapped) == "<Negated of 2 tensors, checkpoint, by 'memory'>"
+
+
+class Shrinking(InMemory):
+    """Of which each tensor can be read until it is released."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.left = dict.fromkeys(tensors)
+
+    def read(self, name, slices=None):
+        if name not in self.left:
+            raise ConsumedError(name, "a test")
+        return super().read(name, slices)
+
+    def release(self, names):
+        for name in names:
+            del self.left[name]
+
+    def __iter__(self):
+        return iter(list(self.left))
+
+    def __len__(self):
+        return len(self.left)
+
+    def __contains__(self, name):
+        return name in self.left
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, WeightSetWrapper, lambda s: Guarded(s, "someone")])
+def test_a_set_may_shrink_while_it_is_iterated(wrap):
+    weights = wrap(Shrinking({"a": A, "b": B, "c": A}))
+    seen = []
+    for name, tensor in weights.items():
+        seen.append(name)
+        weights.release(["b"] if name == "a" else [])
+        assert tensor is not B
+    assert seen == ["a", "c"]
+    assert ["b" in weights, len(weights), list(weights)] == [False, 2, ["a", "c"]]
+    values = iter(weights.values())
+    next(values)
+    weights.release(["c"])
+    assert list(values) == []
+    with pytest.raises(ConsumedError, match="'c' was consumed by a test, and cannot be read again"):
+        weights["c"]
+
+
+def test_a_wrapper_that_changes_the_metas_iterates_over_those():
+    class Renamed(WeightSetWrapper):
+        @property
+        def metas(self):
+            return {f"x.{name}": meta for name, meta in self.inner.metas.items()}
+
+        def read(self, name, slices=None):
+            return self.inner.read(name[2:], slices)
+
+    renamed = Renamed(InMemory({"a": A, "b": B}))
+    assert (list(renamed), len(renamed), "x.a" in renamed, "a" in renamed) == (["x.a", "x.b"], 2, True, False)
+    assert torch.equal(dict(renamed.items())["x.a"], A)
+
+
+@pytest.mark.parametrize("way", ["stream", "items", "values"])
+def test_nobody_keeps_a_tensor_that_was_handed_on(way):
+    class Fresh(InMemory):
+        def read(self, name, slices=None):
+            return super().read(name, slices).clone()
+
+    tensors = iter(getattr(Guarded(Fresh({"a": A, "b": B}), "someone"), way)())
+    for item in tensors:
+        alive = weakref.ref(item if way == "values" else item[1])
+        del item
+        assert alive() is None
 
 
 # Helpers ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from weights_core.hookspecs import hookimpl
 from weights_core.plugin import ProviderPlugin
 from weights_core.shards import Shard, open_shards
 from weights_core.types import FormatClaim, LoadRequest, Role, TensorMeta
-from weights_core.weightset import Slices, Target, WeightSet
+from weights_core.weightset import Allocate, Slices, Target, WeightSet
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,11 @@ class ShardSet(WeightSet):
         for name in names:
             self._home[name].release(name)
         return 0
+
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Make what is read from now on in what `allocate` returns."""
+        for shard in self.shards:
+            shard.allocate = allocate
 
     def close(self) -> None:
         """Close the files."""

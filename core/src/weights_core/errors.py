@@ -144,6 +144,18 @@ class CheckpointError(WeightsError):
         return prefix + self.message
 
 
+class ConsumedError(WeightsError, KeyError):
+    """A tensor was asked for after it had been released, from a set that lets each be consumed once.
+
+    `by` says what released it, and where. It is a `KeyError`, as the set no longer has the tensor.
+    """
+
+    def __init__(self, tensor: str, by: str) -> None:
+        super().__init__(f"tensor {tensor!r} was consumed by {by}, and cannot be read again")
+        self.tensor = tensor
+        self.by = by
+
+
 class LoadError(WeightsError):
     """Weights could not be brought into the engine."""
 

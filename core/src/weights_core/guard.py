@@ -60,15 +60,15 @@ class Guarded(WeightSetWrapper):
         with contextlib.closing(items) if isinstance(items, Generator) else contextlib.nullcontext():
             while True:
                 try:
-                    item = next(items)
+                    item = [next(items)]
                 except StopIteration:
                     return
                 except _CONTRACT:
                     raise
                 except Exception as exc:
                     raise self._failed(where, exc) from exc
-                yield item
-                where = f"what comes after tensor {name_of(item)!r}"
+                where = f"what comes after tensor {name_of(item[0])!r}"
+                yield item.pop()  # kept here, it would outlive what the engine does with it
 
     @contextlib.contextmanager
     def _blame(self, where: str) -> Iterator[None]:

@@ -17,8 +17,9 @@ from weights_core.checkpoint import CheckpointFiles, disagreements
 from weights_core.errors import CheckpointError
 from weights_core.files import File
 from weights_core.header import read_header
+from weights_core.mapping import MappedFile
 from weights_core.types import TensorMeta
-from weights_core.weightset import Slices, check_destination, normalise
+from weights_core.weightset import Allocate, Slices, check_destination, normalise
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ class Shard(abc.ABC):
 
     path: Path
     metas: Mapping[str, TensorMeta]
+    allocate: Allocate | None = None
+    """Where `read` gets host memory from; torch's own by default."""
 
     @abc.abstractmethod
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
@@ -55,6 +58,24 @@ class Shard(abc.ABC):
     def close(self) -> None:
         """Free everything; idempotent."""
 
+    def _memory(self, count: int) -> torch.Tensor:
+        import torch
+
+        if self.allocate is None or not count:
+            return torch.empty(count, dtype=torch.uint8, device="cpu")
+        return self.allocate(count)
+
+    def _clone(self, part: torch.Tensor) -> torch.Tensor:
+        """Clone into memory of ours, with the strides that a clone has."""
+        import torch
+
+        raw = self._memory(part.numel() * part.element_size())
+        return (
+            raw.view(part.dtype)
+            .as_strided(part.shape, torch.empty_like(part, device="meta").stride())
+            .copy_(part)
+        )
+
 
 class SafetensorsShard(Shard):
     """A safetensors file read by positioned reads into fresh memory; nothing is mapped."""
@@ -75,20 +96,18 @@ class SafetensorsShard(Shard):
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Read the rows that `slices` covers, then cut what is left of the other dimensions."""
-        import torch
-
         meta = self.metas[name]
         dtype = self._torch_dtype(meta)
         wanted = normalise(slices, meta.torch_shape)
         rows, rest = wanted[:1], wanted[1:]
         shape = tuple(len(r) for r in rows) + meta.torch_shape[1:]
         count, skip = _row_bytes(meta, rows)
-        raw = torch.empty(count, dtype=torch.uint8, device="cpu")
+        raw = self._memory(count)
         self._read(meta, raw, skip)
         tensor = raw.view(dtype).reshape(shape)
         for dim, r in enumerate(rest, start=1):
             tensor = tensor.narrow(dim, r.start, len(r))
-        return tensor if tuple(tensor.shape) == shape else tensor.clone()
+        return tensor if tuple(tensor.shape) == shape else self._clone(tensor)
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Read straight into `out` if it is contiguous host memory and whole rows are wanted."""
@@ -158,6 +177,7 @@ class PickledShard(Shard):
         self._file = File(path)
         try:
             self._tensors = _unpickle(self._file)
+            self._mapped = MappedFile(path)
             self.metas = {name: _pickled_meta(path, name, t) for name, t in self._tensors.items()}
         except BaseException:
             self._file.close()
@@ -165,16 +185,22 @@ class PickledShard(Shard):
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Copy the tensor, or a part of it, out of the mapped file."""
-        part = self._part(name, slices).clone()
-        self._file.check_unchanged()
-        return part
+        part = self._part(name, slices)
+        copy = self._clone(part)
+        self._done(part)
+        return copy
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Copy into `out`."""
         part = self._part(name, slices)
         check_destination(name, out, tuple(part.shape), part.dtype)
         out.detach().copy_(part)
+        self._done(part)
+
+    def _done(self, part: torch.Tensor) -> None:
         self._file.check_unchanged()
+        if part.is_contiguous():
+            self._mapped.drop(part.data_ptr(), part.numel() * part.element_size())
 
     def _part(self, name: str, slices: Slices | None) -> torch.Tensor:
         tensor = self._tensors.get(name)

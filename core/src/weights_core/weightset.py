@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from weights_core.errors import ConsumedError
 from weights_core.types import Layout, TensorMeta
 
 if TYPE_CHECKING:
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 Slices = tuple[slice, ...]
 """One slice per leading dimension, each with step 1; dimensions left out are taken whole."""
+
+
+Allocate = Callable[[int], "torch.Tensor"]
+"""Returns uninitialised host memory of so many bytes, as a flat tensor of uint8. Thread-safe."""
 
 
 @attrs.frozen(eq=False)
@@ -127,12 +133,27 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
         del names
         return 0
 
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Ask that tensors the set makes in host memory be made in what `allocate` returns.
+
+        A set whose tensors lie in memory that it has anyway does nothing.
+        """
+        del allocate
+
     def close(self) -> None:
         """Free all that the set holds; idempotent. Whoever opened the set, and the load's end, call it."""
 
     def lazy(self) -> Mapping[str, LazyTensor]:
         """Return a view whose values read when indexed, as `safe_open().get_slice` does."""
         return _LazyView(self)
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """Return a view that reads each tensor as it comes to it, less those consumed meanwhile."""
+        return Items(self)
+
+    def values(self) -> ValuesView[torch.Tensor]:
+        """Return a view that reads as that of `items` does."""
+        return Values(self)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)
@@ -160,12 +181,17 @@ class WeightSetWrapper(WeightSet):
     """A set that forwards everything to `inner`; wrappers override what they change.
 
     A wrapper that overrides `read` is read through it on every path: unless it overrides them too,
-    `stream`, `read_into` and `fill` are then the generic ones, which build on `read`.
+    `stream`, `read_into` and `fill` are then the generic ones, which build on `read`. Likewise the
+    names it iterates over are those of `metas` if it overrides that.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for changed, built_on_it in (("read", ("stream", "read_into", "fill")), ("read_into", ("fill",))):
+        for changed, built_on_it in (
+            ("read", ("stream", "read_into", "fill")),
+            ("read_into", ("fill",)),
+            ("metas", ("__iter__", "__len__", "__contains__")),
+        ):
             for name in built_on_it:
                 if changed in vars(cls) and name not in vars(cls):
                     setattr(cls, name, getattr(WeightSet, name))
@@ -211,9 +237,45 @@ class WeightSetWrapper(WeightSet):
         """Release in the inner set."""
         return self.inner.release(names)
 
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Ask the inner set."""
+        self.inner.allocate_from(allocate)
+
     def close(self) -> None:
         """Close the inner set."""
         self.inner.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.inner
+
+
+class Items(ItemsView[str, "torch.Tensor"]):
+    """The items of a mapping that may shrink while they are iterated."""
+
+    _mapping: Mapping[str, torch.Tensor]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in self._mapping:
+            try:
+                item = [(name, self._mapping[name])]
+            except ConsumedError:
+                continue
+            yield item.pop()  # kept here, it would outlive what the consumer does with it
+
+
+class Values(ValuesView["torch.Tensor"]):
+    """The values of a mapping that may shrink while they are iterated."""
+
+    _mapping: Mapping[str, torch.Tensor]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(operator.itemgetter(1), Items(self._mapping))
 
 
 class LazyTensor:
