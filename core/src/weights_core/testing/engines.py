@@ -67,23 +67,24 @@ class FakeEngine(Engine):
         """Write into the memory that is there."""
         self._touched = True
         self.events.append("apply")
-        targets = [Target(name, out) for name, out in self.params.items() if name in weights]
+        applied = self._taking(weights)
+        targets = [Target(name, out) for name, out in self.params.items() if name in applied.written]
         for done, target in enumerate(weights.fill(targets), start=1):
             weights.release([target.name])
             if done * 2 >= len(targets):
                 self._may_fail("apply")
-        return self._applied(weights)
+        return applied
 
     def bind(self, weights: WeightSet) -> Applied:
         """Take the set's own tensors."""
         self._touched = True
         self.events.append("bind")
-        names = [name for name in self._expected if name in weights]
-        for done, name in enumerate(names, start=1):
+        applied = self._taking(weights)
+        for done, name in enumerate(applied.written, start=1):
             self.params[name] = weights[name]
-            if done * 2 >= len(names):
+            if done * 2 >= len(applied.written):
                 self._may_fail("bind")
-        return self._applied(weights)
+        return applied
 
     def materialize(self, alloc: Alloc) -> int:
         """Move every tensor into memory from `alloc`."""
@@ -122,7 +123,8 @@ class FakeEngine(Engine):
         """Return the bytes of every tensor now."""
         return {name: as_bytes(tensor).numpy().tobytes() for name, tensor in self.params.items()}
 
-    def _applied(self, weights: WeightSet) -> Applied:
+    def _taking(self, weights: WeightSet) -> Applied:
+        """Say what will be written, while the set has it all: it may shrink as it is consumed."""
         written = [name for name in self._expected if name in weights]
         return Applied(written=written, unused=[name for name in weights if name not in self._expected])
 

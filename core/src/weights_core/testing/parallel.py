@@ -142,6 +142,7 @@ class TensorParallelEngine(Engine):
             raise CoverageError(f"missing {', '.join(missing)}", missing=missing)
         self._touched = True
         targets, due = [], Counter(piece.source for piece, _ in self._pieces)
+        unused = [name for name in weights if name not in due]  # while the set has it all
         for piece, _ in self._pieces:
             out = self.params[piece.parameter].narrow(0, piece.begin, piece.rows)
             targets.append(Target(piece.source, out, piece.slices))
@@ -149,7 +150,7 @@ class TensorParallelEngine(Engine):
             due[target.name] -= 1
             if not due[target.name]:
                 weights.release([target.name])
-        return Applied(written=self.params.keys(), unused=[name for name in weights if name not in due])
+        return Applied(written=self.params.keys(), unused=unused)
 
     def bind(self, weights: WeightSet) -> Applied:
         """Take this rank's parameters as they are."""
