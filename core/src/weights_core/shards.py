@@ -66,11 +66,11 @@ class SafetensorsShard(Shard):
             CheckpointError: the file is malformed; says where.
         """
         self.path = path
-        self._file = File(path)
+        self.file = File(path)
         try:
-            self.metas = read_header(self._file).metas
+            self.metas = read_header(self.file).metas
         except BaseException:
-            self._file.close()
+            self.file.close()
             raise
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
@@ -78,7 +78,7 @@ class SafetensorsShard(Shard):
         import torch
 
         meta = self.metas[name]
-        dtype = self._torch_dtype(meta)
+        dtype = self.torch_dtype(meta)
         wanted = normalise(slices, meta.torch_shape)
         rows, rest = wanted[:1], wanted[1:]
         shape = tuple(len(r) for r in rows) + meta.torch_shape[1:]
@@ -95,7 +95,7 @@ class SafetensorsShard(Shard):
         import torch
 
         meta = self.metas[name]
-        dtype = self._torch_dtype(meta)
+        dtype = self.torch_dtype(meta)
         wanted = normalise(slices, meta.torch_shape)
         check_destination(name, out, tuple(len(r) for r in wanted), dtype)
         whole_rows = all(len(r) == size for r, size in zip(wanted[1:], meta.torch_shape[1:], strict=True))
@@ -110,9 +110,14 @@ class SafetensorsShard(Shard):
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
-    def _torch_dtype(self, meta: TensorMeta) -> torch.dtype:
+    def torch_dtype(self, meta: TensorMeta) -> torch.dtype:
+        """Return the dtype torch gives a tensor of this file.
+
+        Raises:
+            CheckpointError: this torch has none.
+        """
         try:
             return dtypes.to_torch(meta.dtype)
         except KeyError:
@@ -126,7 +131,7 @@ class SafetensorsShard(Shard):
             return
         memory = (ctypes.c_char * out.numel()).from_address(out.data_ptr())
         try:
-            self._file.read_into(memoryview(memory).cast("B"), meta.offset + skip)
+            self.file.read_into(memoryview(memory).cast("B"), meta.offset + skip)
         except CheckpointError as exc:
             exc.tensor = meta.name
             raise
