@@ -51,4 +51,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, *, offset: int | None = No
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=shift)
-    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape)
+    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    return tensor.set_(flat.untyped_storage(), 0, shape, _strides(shape))
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

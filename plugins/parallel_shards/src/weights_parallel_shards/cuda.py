@@ -28,7 +28,7 @@ class CudaChannel:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, out: torch.Tensor, source: torch.Tensor) -> None:
         """Copy from pinned memory, asynchronously; what is spread out there is put together first."""
@@ -39,7 +39,7 @@ class CudaChannel:
 
     def mark(self) -> CudaMark:
         """Record an event."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return CudaMark(event, self._device)
 

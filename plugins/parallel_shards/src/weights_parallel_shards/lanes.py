@@ -72,9 +72,11 @@ class Lane(abc.ABC):
             CheckpointError: the bytes cannot be had; names file, tensor and byte.
         """
 
+    @abc.abstractmethod
     def begin(self) -> None:
         """Get ready for a pass; called by the consumer."""
 
+    @abc.abstractmethod
     def end(self) -> None:
         """Return when nothing is under way any more."""
 
@@ -84,6 +86,12 @@ class HostLane(Lane):
 
     def __init__(self, tuning: Tuning) -> None:
         (self._slot,) = slots(empty((tuning.slot_bytes + ALIGNMENT,), torch.uint8), 1)
+
+    def begin(self) -> None:
+        """Nothing to get ready."""
+
+    def end(self) -> None:
+        """Nothing is ever under way after `read`."""
 
     def read(self, chunk: Chunk) -> None:
         """Read and copy; when this returns the bytes are there."""
@@ -254,4 +262,3 @@ def parts(piece: Piece, source: Staged, slot: torch.Tensor) -> list[tuple[torch.
 def integers(out: torch.Tensor) -> torch.Tensor:
     """Return a view of `out` as integers of its width: their copies are of bits, for every dtype."""
     return out.detach().view(_INTEGERS[out.element_size()])
-

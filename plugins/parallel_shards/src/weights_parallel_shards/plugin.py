@@ -14,7 +14,7 @@ from weights_core.checkpoint import CheckpointFiles, find
 from weights_core.errors import CheckpointError
 from weights_core.machine import NETWORK, file_system
 from weights_core.types import Fit
-from weights_parallel_shards.tuning import Tuning, tune
+from weights_parallel_shards.tuning import LEAST, Tuning, tune
 
 if TYPE_CHECKING:
     from weights_core import Engine, Source, WeightSet
@@ -27,11 +27,6 @@ SMALL = 64 << 20
 _OPENERS = 8
 
 
-def _threads(instance: object, attribute: object, value: int | str) -> None:
-    if value != "auto" and int(value) < 1:
-        raise ValueError(f"'threads' must be >= 1 or 'auto': {value}")
-
-
 @attrs.frozen(kw_only=True)
 class ParallelShardsConfig:
     """Settings.
@@ -41,11 +36,21 @@ class ParallelShardsConfig:
     past the page cache: "auto" where that works and the bytes are not cached; "always"; or "never".
     """
 
-    threads: int | Literal["auto"] = attrs.field(default="auto", validator=_threads)
-    max_host_bytes: int = attrs.field(default=256 << 20, validator=attrs.validators.ge(1))
+    threads: int | Literal["auto"] = attrs.field(default="auto")
+    max_host_bytes: int = attrs.field(default=256 << 20)
     direct: Literal["auto", "always", "never"] = attrs.field(
         default="auto", validator=attrs.validators.in_(("auto", "always", "never"))
     )
+
+    @threads.validator
+    def _positive(self, attribute: attrs.Attribute[int | str], value: int | str) -> None:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError(f"'threads' must be a number from 1, or 'auto': {value!r}")
+
+    @max_host_bytes.validator
+    def _enough(self, attribute: attrs.Attribute[int], value: int) -> None:
+        if value < LEAST:
+            raise ValueError(f"'max_host_bytes' of {value} is too little to read with: give at least {LEAST}")
 
 
 class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):

@@ -17,7 +17,7 @@ from weights_parallel_shards.chunks import Chunk, Item, Piece, boxes, gather, se
 from weights_parallel_shards.lanes import Device, DeviceLane, HostLane, Lane, integers
 from weights_parallel_shards.run import Run
 from weights_parallel_shards.storage import Storage
-from weights_parallel_shards.tuning import INLINE, Tuning
+from weights_parallel_shards.tuning import Tuning
 from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class ParallelSet(ShardSet):
         self._tuning = tuning
         self._device_tuning = device_tuning or tuning
         self._device_of = device_of
-        self._storages = {
+        self._storages: dict[Shard, Storage] = {
             shard: Storage(shard.file, tuning.direct)
             for shard in self.shards
             if isinstance(shard, SafetensorsShard)
@@ -77,7 +77,7 @@ class ParallelSet(ShardSet):
         """Read a tensor or a part of it: what is large in parallel, the rest plainly."""
         shard = self.shard_of(name)
         meta = self.meta(name)
-        if not isinstance(shard, SafetensorsShard) or meta.nbytes <= INLINE:
+        if not isinstance(shard, SafetensorsShard) or meta.nbytes <= self._tuning.inline:
             return super().read(name, slices)
         shape = tuple(len(chosen) for chosen in normalise(slices, meta.torch_shape))
         out = empty(shape, shard.torch_dtype(meta), offset=meta.offset)
@@ -86,7 +86,7 @@ class ParallelSet(ShardSet):
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Read into `out`: what is large in parallel, the rest plainly."""
-        if self.meta(name).nbytes <= INLINE:
+        if self.meta(name).nbytes <= self._tuning.inline:
             super().read_into(name, out, slices)
         else:
             for _ in self.fill([Target(name, out, slices)]):
@@ -165,8 +165,8 @@ class ParallelSet(ShardSet):
         maker = self._device_of(device)
         tuning = self._tuning if maker is None else self._device_tuning
         idle = self._lanes.setdefault(torch.device("cpu") if maker is None else device, [])
-        size = sum(item.size for item in items)
-        count = 1 if size <= INLINE else min(tuning.readers, len(chunks))
+        inline = sum(item.size for item in items) <= tuning.inline
+        count = 1 if inline else min(tuning.readers, len(chunks))
         lanes = [
             idle.pop() if idle else HostLane(tuning) if maker is None else DeviceLane(tuning, maker)
             for _ in range(count)
@@ -174,7 +174,7 @@ class ParallelSet(ShardSet):
         run = Run(items, chunks, lanes, idle, Window(tuning.window), self.count)
         self._runs.append(run)
         try:
-            yield from run.results(inline=size <= INLINE)
+            yield from run.results(inline=inline)
         finally:
             self._runs.remove(run)
 

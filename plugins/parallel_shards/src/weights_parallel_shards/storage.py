@@ -145,7 +145,7 @@ class Storage:
             return None
 
     def _open(self, flags: int) -> int | None:
-        """Return a second descriptor with `flags`, opened once, without readahead; None if it can't be had."""
+        """Return a descriptor with `flags` and without readahead, opened once; None if it can't be had."""
         if flags in self._fds:
             return self._fds[flags]
         path = f"/proc/self/fd/{self.file.fileno()}"

@@ -7,8 +7,6 @@ from typing import Literal, TypeAlias
 
 import attrs
 
-from weights_core.errors import PluginConfigError
-
 Direct: TypeAlias = Literal["auto", "always", "never"]
 
 ALIGNMENT = 4096
@@ -26,9 +24,6 @@ BUFFERS = 500
 SPARE = 128 << 10
 """Bytes of staging memory beyond a chunk: the edges of aligned reads, and of their parts."""
 
-INLINE = 8 << 20
-"""Bytes up to which threads cost more than they bring, so the caller's reads."""
-
 CHUNK = 4 << 20
 SMALLEST_CHUNK = 256 << 10
 LEAST = 1 << 20
@@ -42,7 +37,8 @@ READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 16, 2, 2 << 20
 class Tuning:
     """How many `readers` read chunks of how many bytes, each into `slots` staging buffers in turn.
 
-    What is read ahead of the consumer of a stream takes up to `window` bytes.
+    What is read ahead of the consumer of a stream takes up to `window` bytes. Up to `inline` bytes
+    threads cost more than they bring, and the caller's thread reads.
     """
 
     readers: int
@@ -50,6 +46,7 @@ class Tuning:
     slots: int
     window: int
     direct: Direct = "auto"
+    inline: int = 8 << 20
 
     @property
     def slot_bytes(self) -> int:
@@ -61,17 +58,12 @@ def tune(limit: int, *, threads: int | None, direct: Direct, remote: bool, cuda:
     """Fit readers and chunks into `limit` bytes: staging takes a half at most, the window the rest.
 
     Args:
-        limit: bytes of host memory, `max_host_bytes`.
+        limit: bytes of host memory, `LEAST` or more.
         threads: readers; None lets the storage decide.
         direct: see the plugin's settings.
         remote: whether the files come over a network, whose latency more readers hide.
         cuda: whether the readers feed a GPU.
-
-    Raises:
-        PluginConfigError: `limit` is too small to work with.
     """
-    if limit < LEAST:
-        raise PluginConfigError(f"max_host_bytes = {limit} is too small to read with: give at least {LEAST}")
     chunk, slots = (CHUNK_CUDA, SLOTS_CUDA) if cuda else (CHUNK, 1)
     readers = threads or (READERS_CUDA if cuda else READERS_REMOTE if remote else READERS_LOCAL)
     while readers * slots * (chunk + SPARE) > limit // 2 and chunk > SMALLEST_CHUNK:
