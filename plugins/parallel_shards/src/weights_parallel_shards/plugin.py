@@ -27,6 +27,16 @@ SMALL = 64 << 20
 _OPENERS = 8
 
 
+def _positive(_config: object, _threads: object, value: object) -> None:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError(f"'threads' must be a number from 1, or 'auto': {value!r}")
+
+
+def _enough(_config: object, _max_host_bytes: object, value: int) -> None:
+    if value < LEAST:
+        raise ValueError(f"'max_host_bytes' of {value} is too little to read with: give at least {LEAST}")
+
+
 @attrs.frozen(kw_only=True)
 class ParallelShardsConfig:
     """Settings.
@@ -36,21 +46,11 @@ class ParallelShardsConfig:
     past the page cache: "auto" where that works and the bytes are not cached; "always"; or "never".
     """
 
-    threads: int | Literal["auto"] = attrs.field(default="auto")
-    max_host_bytes: int = attrs.field(default=256 << 20)
+    threads: int | Literal["auto"] = attrs.field(default="auto", validator=_positive)
+    max_host_bytes: int = attrs.field(default=256 << 20, validator=_enough)
     direct: Literal["auto", "always", "never"] = attrs.field(
         default="auto", validator=attrs.validators.in_(("auto", "always", "never"))
     )
-
-    @threads.validator
-    def _positive(self, attribute: attrs.Attribute[int | str], value: int | str) -> None:
-        if value != "auto" and (type(value) is not int or value < 1):
-            raise ValueError(f"'threads' must be a number from 1, or 'auto': {value!r}")
-
-    @max_host_bytes.validator
-    def _enough(self, attribute: attrs.Attribute[int], value: int) -> None:
-        if value < LEAST:
-            raise ValueError(f"'max_host_bytes' of {value} is too little to read with: give at least {LEAST}")
 
 
 class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):
