@@ -69,8 +69,9 @@ class Storage:
     def way(self, begin: int, end: int) -> Way:
         """Decide how to read from byte `begin` to `end`.
 
-        What is cached in full is read from the cache. What is not is read directly; and where that
-        cannot be, through the cache, from which it is dropped again unless a part was there before.
+        What is cached is read from the cache; whether it is, the page in the middle tells, as counting
+        all would take a sixth of the time of reading them. What is not is read directly; and where
+        that cannot be, through the cache, from which it is dropped again unless a part was there before.
 
         Raises:
             CheckpointError: the file was closed, or direct reads were demanded and cannot be had.
@@ -78,8 +79,9 @@ class Storage:
         fd = self.file.fileno()
         if self._direct == "never":
             return Way(fd)
-        cached = 0.0 if self._direct == "always" else self._cached(begin, end)
-        if cached == 1:
+        middle = (begin + end) // 2
+        cached = False if self._direct == "always" else self._is_cached(middle)
+        if cached:
             return Way(fd)
         direct = self._open(os.O_DIRECT)
         if direct is not None:
@@ -89,7 +91,8 @@ class Storage:
                 "direct = 'always', and its file system has no direct I/O", file=self.file.path
             )
         quiet = self._open(0)
-        return Way(fd if quiet is None else quiet, drop=cached == 0)
+        ours = cached is False and not _cached_pages(fd, begin, end)
+        return Way(fd if quiet is None else quiet, drop=ours)
 
     def read(self, way: Way, segments: Segments, begin: int, end: int) -> None:
         """Fill `segments` from byte `begin` on, at least up to `end`; short reads are continued.
@@ -125,23 +128,23 @@ class Storage:
             if fd is not None:
                 os.close(fd)
 
-    def _cached(self, begin: int, end: int) -> float | None:
-        """Return which share of a range is in the page cache, or None if that can't be known.
+    def _is_cached(self, offset: int) -> bool | None:
+        """Return whether a byte's page is in the page cache, or None if that can't be known.
 
-        Where the kernel doesn't count, or not for us, one page in the middle is asked for without
-        waiting; the descriptor has no readahead, so a page that isn't there is all that this brings in.
+        Where the kernel doesn't tell, or not us, the byte is read on condition that it needs no waiting;
+        the descriptor has no readahead, so a page that isn't there is all that this brings in.
         """
-        counted = _cached_pages(self.file.fileno(), begin, end)
+        counted = _cached_pages(self.file.fileno(), offset, offset + 1)
         if counted is not None:
-            return counted / (-(-end // _PAGE) - begin // _PAGE)
+            return counted > 0
         quiet = self._open(0)
         if quiet is None:
             return None
         try:
-            return float(os.preadv(quiet, [bytearray(1)], (begin + end) // 2, os.RWF_NOWAIT))
+            return os.preadv(quiet, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
         except BlockingIOError:
-            return 0.0
-        except OSError:
+            return False
+        except OSError:  # a file system that can't say
             return None
 
     def _open(self, flags: int) -> int | None:
@@ -160,13 +163,9 @@ class Storage:
         return first
 
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
 def _cached_pages(fd: int, begin: int, end: int) -> int | None:
     """Return how many pages of a range are cached, or None if the kernel doesn't say."""
-    begin_page = begin // _PAGE * _PAGE
-    extent = (ctypes.c_uint64 * 2)(begin_page, end - begin_page)
+    extent = (ctypes.c_uint64 * 2)(begin, end - begin)
     counts = (ctypes.c_uint64 * 5)()
     if _LIBC.syscall(ctypes.c_long(_CACHESTAT), ctypes.c_int(fd), extent, counts, ctypes.c_uint(0)):
         return None

@@ -24,7 +24,7 @@ BUFFERS = 500
 SPARE = 128 << 10
 """Bytes of staging memory beyond a chunk: the edges of aligned reads, and of their parts."""
 
-CHUNK = 4 << 20
+CHUNK = 8 << 20
 SMALLEST_CHUNK = 256 << 10
 LEAST = 1 << 20
 """The smallest `max_host_bytes`: one reader, the smallest chunk, and room to read ahead."""
