@@ -65,6 +65,7 @@ class Storage:
         self.file = file
         self._direct = direct
         self._fds: dict[int, int | None] = {}
+        self._refused = False
 
     def way(self, begin: int, end: int) -> Way:
         """Decide how to read from byte `begin` to `end`.
@@ -83,7 +84,7 @@ class Storage:
         cached = False if self._direct == "always" else self._is_cached(middle)
         if cached:
             return Way(fd)
-        direct = self._open(os.O_DIRECT)
+        direct = None if self._refused else self._open(os.O_DIRECT)
         if direct is not None:
             return Way(direct, align=ALIGNMENT)
         if self._direct == "always":
@@ -109,7 +110,7 @@ class Storage:
                 got = preadv(fd, buffers, position)
             except OSError as exc:
                 if exc.errno == errno.EINVAL and fd != self.file.fileno() and self._direct == "auto":
-                    self._fds[os.O_DIRECT] = None
+                    self._refused = True  # others may be reading on it, so it is closed later
                     fd = self.file.fileno()
                     continue
                 raise ReadError(position, exc.strerror or str(exc)) from exc
