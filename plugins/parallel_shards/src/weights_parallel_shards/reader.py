@@ -79,8 +79,10 @@ class ParallelSet(ShardSet):
         meta = self.meta(name)
         if not isinstance(shard, SafetensorsShard) or meta.nbytes <= self._tuning.inline:
             return super().read(name, slices)
-        shape = tuple(len(chosen) for chosen in normalise(slices, meta.torch_shape))
-        out = empty(shape, shard.torch_dtype(meta), offset=meta.offset)
+        dtype, ranges = shard.torch_dtype(meta), normalise(slices, meta.torch_shape)
+        first, _, _ = selection(meta.torch_shape, ranges, dtype.itemsize)
+        assert meta.offset is not None
+        out = empty(tuple(len(chosen) for chosen in ranges), dtype, offset=meta.offset + first)
         self.read_into(name, out, slices)
         return out
 
@@ -167,10 +169,12 @@ class ParallelSet(ShardSet):
         idle = self._lanes.setdefault(torch.device("cpu") if maker is None else device, [])
         inline = sum(item.size for item in items) <= tuning.inline
         count = 1 if inline else min(tuning.readers, len(chunks))
-        lanes = [
-            idle.pop() if idle else HostLane(tuning) if maker is None else DeviceLane(tuning, maker)
-            for _ in range(count)
-        ]
+        lanes: list[Lane] = []
+        for _ in range(count):
+            try:
+                lanes.append(idle.pop())
+            except IndexError:
+                lanes.append(HostLane(tuning) if maker is None else DeviceLane(tuning, maker))
         run = Run(items, chunks, lanes, idle, Window(tuning.window), self.count)
         self._runs.append(run)
         try:

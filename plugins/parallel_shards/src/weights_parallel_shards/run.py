@@ -89,6 +89,8 @@ class Run(Generic[T]):
         if os.getpid() != self._pid:
             return
         self._cancel()
+        if threading.current_thread() in self._threads:
+            return  # the garbage collector runs in a reader, which can't wait for itself
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
@@ -112,7 +114,8 @@ class Run(Generic[T]):
                 return
             with _named(chunk):
                 self._begin(chunk)
-                yield self._read(chunk, lane)
+                batch = self._read(chunk, lane)
+            yield batch
 
     def _batches(self) -> Iterator[list[Item[T]]]:
         for thread in self._threads:

@@ -30,7 +30,7 @@ LEAST = 1 << 20
 """The smallest `max_host_bytes`: one reader, the smallest chunk, and room to read ahead."""
 
 READERS_LOCAL, READERS_REMOTE = 8, 16
-READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 16, 2, 2 << 20
+READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 16, 2, 4 << 20
 
 
 @attrs.frozen(kw_only=True)
