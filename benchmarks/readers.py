@@ -9,7 +9,6 @@ prints what that cost.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import mmap
@@ -34,14 +33,15 @@ CEILING_CHUNK = 4 << 20
 
 @attrs.frozen
 class Job:
-    """Files to read, and the memory for it: `places` maps a tensor to byte, shape and dtype there.
+    """Files to read, and the memory for it.
 
-    `slices` maps a tensor to begin and end per leading dimension. `keep` is false if tensors are to
-    be had one after the other and dropped.
+    `places` maps a tensor to byte, shape and dtype there; `memory` is a descriptor of `size` bytes, or
+    None for memory of the reader's process. `slices` maps a tensor to begin and end per leading
+    dimension. `keep` is false if tensors are to be had one after the other and dropped.
     """
 
     files: list[str]
-    memory: int
+    memory: int | None
     size: int
     places: dict[str, tuple[int, list[int], str]]
     slices: dict[str, list[list[int]]]
@@ -55,16 +55,31 @@ class Job:
 
 
 class Memory:
-    """The prepared memory, mapped and its pages entered into this process's tables."""
+    """The prepared memory: every page is there, in huge pages if it is this process's own."""
 
     def __init__(self, job: Job) -> None:
-        self.map = mmap.mmap(job.memory, job.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        if job.memory is None:
+            self.map = mmap.mmap(-1, job.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.map.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            self.map = mmap.mmap(job.memory, job.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         flat = torch.frombuffer(self.map, dtype=torch.uint8)
+        flat.fill_(0xA5)
         self.tensors = {
             name: _typed(flat, at, shape, getattr(torch, dtype))
             for name, (at, shape, dtype) in job.places.items()
         }
+
+    def sums(self) -> dict[str, int]:
+        """Return a sum for each tensor."""
+        return {name: checksum(tensor) for name, tensor in self.tensors.items()}
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Return a sum of a contiguous tensor's bytes that tells blocks of 4 KiB in another order."""
+    words = tensor.view(-1).view(torch.int64)
+    blocks = words.view(-1, 512 if words.numel() % 512 == 0 else words.numel()).sum(1)
+    return int((blocks * torch.arange(1, len(blocks) + 1)).sum())
 
 
 def _typed(flat: torch.Tensor, at: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
@@ -263,7 +278,7 @@ def main() -> None:
     cost = {key: after[key] - before[key] for key in ("seconds", "cpu", "disk")}
     cost["rss"] = after["peak_rss"] - before["rss"]
     cost["cgroup"] = int(peak.read_text()) - int(over) if peak is not None else -1
-    print(json.dumps(cost))
+    print(json.dumps({**cost, "sums": memory.sums() if job.keep else {}}))
 
 
 def warm_up(name: str) -> None:

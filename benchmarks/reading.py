@@ -7,10 +7,11 @@
     python benchmarks/reading.py growth           100 to 100,000 tensors, 1 to 256 shards
 
 Each run is a fresh process in a cgroup of its own, the readers interleaved in shuffled rounds; the
-figures are medians. The destination is shared memory that this driver has touched: it belongs to no
-run. Every run's bytes are checked. "Cold" means that no page of the checkpoint is cached and that the
-cache is full of other pages; dropping everything instead would have every process fault its libraries
-in again. Needs root for the cgroups, else runs without and says so.
+figures are medians. The destination is prepared memory, every page touched; where the cgroup has a
+limit, it is shared memory that this driver has touched, which belongs to no run. Every run's bytes are
+checked. "Cold" means that no page of the checkpoint is cached and that the cache is full of other
+pages; dropping everything instead would have every process fault its libraries in again. Needs root
+for the cgroups, else runs without and says so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import mmap
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +37,7 @@ from typing import Any
 
 import attrs
 import torch
-from readers import NEEDS
+from readers import NEEDS, checksum
 from safetensors.torch import save_file
 
 from weights_core.checkpoint import find
@@ -120,9 +122,9 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]], shards: int, *, pick
 
 
 class Destination:
-    """Shared memory, touched, in which every tensor has its place."""
+    """Where every tensor has its place: in memory of each run's own, or `shared` and so no run's."""
 
-    def __init__(self, checkpoint: Checkpoint, cuts: Cuts) -> None:
+    def __init__(self, checkpoint: Checkpoint, cuts: Cuts, *, shared: bool) -> None:
         self.places: dict[str, tuple[int, list[int], str]] = {}
         at = 0
         for name, meta in checkpoint.metas.items():
@@ -135,40 +137,30 @@ class Destination:
             self.places[name] = (at, shape, "bfloat16")
             at += nbytes
         self.size = -(-at // MIB) * MIB + 16 * MIB
-        self.fd = os.memfd_create("destination")
-        os.truncate(self.fd, self.size)
-        self.map = mmap.mmap(self.fd, self.size)
-        self.flat = torch.frombuffer(self.map, dtype=torch.uint8)
-        self._sums: dict[str, torch.Tensor] = {}
-        self.clear()
+        self.fd: int | None = None
+        self._sums: dict[str, int] = {}
+        if shared:
+            self.fd = os.memfd_create("destination")
+            os.truncate(self.fd, self.size)
+            with mmap.mmap(self.fd, self.size) as touched:
+                for begin in range(0, self.size, MIB):
+                    touched[begin : begin + MIB] = bytes(MIB)
 
-    def clear(self) -> None:
-        """Overwrite everything, so that nothing of the last run can pass for this one's."""
-        self.flat.fill_(0xA5)
-
-    def check(self, checkpoint: Checkpoint, cuts: Cuts) -> None:
-        """Compare sums over blocks of every tensor with those of the files, read in the plainest way."""
+    def check(self, checkpoint: Checkpoint, cuts: Cuts, found: dict[str, int]) -> None:
+        """Compare sums with those of the files, read in the plainest way."""
         for name, meta in checkpoint.metas.items():
-            at, shape, _ = self.places[name]
-            have = sums(self.flat[at : at + 2 * math.prod(shape)])
             if name not in self._sums:
                 want = expected(meta)
                 if name in cuts:
                     want = want[tuple(slice(begin, end) for begin, end in cuts[name])].contiguous()
-                self._sums[name] = sums(want.view(-1).view(torch.uint8))
-            if not torch.equal(have, self._sums[name]):
+                self._sums[name] = checksum(want)
+            if found[name] != self._sums[name]:
                 raise SystemExit(f"wrong bytes in {name}")
 
     def close(self) -> None:
-        """Give the memory back."""
-        os.close(self.fd)
-        self.flat = torch.empty(0)
-
-
-def sums(raw: torch.Tensor) -> torch.Tensor:
-    """Return the sums of blocks of 4 KiB, or of all if it isn't whole blocks."""
-    words = raw.view(torch.int64)
-    return words.view(-1, 512 if words.numel() % 512 == 0 else words.numel()).sum(1)
+        """Give shared memory back."""
+        if self.fd is not None:
+            os.close(self.fd)
 
 
 def expected(meta: TensorMeta) -> torch.Tensor:
@@ -302,8 +294,6 @@ def run(reader: str, setting: Setting, memory: Destination, other: Path) -> Cost
         _read_through(other)
     else:
         warm(setting.checkpoint)
-    if setting.keep:
-        memory.clear()
     job = {
         "files": [str(file) for file in setting.checkpoint.files],
         "memory": memory.fd,
@@ -320,7 +310,7 @@ def run(reader: str, setting: Setting, memory: Destination, other: Path) -> Cost
             input=json.dumps(job),
             capture_output=True,
             text=True,
-            pass_fds=[memory.fd],
+            pass_fds=[] if memory.fd is None else [memory.fd],
             preexec_fn=group.enter,
         )
     finally:
@@ -329,9 +319,10 @@ def run(reader: str, setting: Setting, memory: Destination, other: Path) -> Cost
         return f"killed by signal {-done.returncode}"
     if done.returncode:
         return f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:60]}"
-    if setting.keep and reader not in ("ceiling", "preadv"):
-        memory.check(setting.checkpoint, setting.cuts)
     cost: Cost = json.loads(done.stdout)
+    sums: Any = cost.pop("sums")
+    if setting.keep and reader not in ("ceiling", "preadv"):
+        memory.check(setting.checkpoint, setting.cuts, sums)
     if group.path is None:
         cost["cgroup"] = -1
     return cost
@@ -341,7 +332,7 @@ def measure(
     readers: Sequence[str], setting: Setting, rounds: int, other: Path
 ) -> dict[str, list[Cost] | str]:
     """Run every reader `rounds` times, in another order each round."""
-    memory = Destination(setting.checkpoint, setting.cuts)
+    memory = Destination(setting.checkpoint, setting.cuts, shared=setting.limit is not None)
     found: dict[str, list[Cost] | str] = {reader: [] for reader in readers}
     order = list(readers)
     try:
@@ -496,6 +487,7 @@ MODES = {"table": table, "limited": limited, "slices": slices, "growth": growth}
 
 def main() -> None:
     """Measure and print."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written is removed
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
