@@ -174,7 +174,7 @@ def test_a_released_tensor_of_a_pickled_file_is_not_read_again(tmp_path):
 def test_tensors_are_made_where_one_asks_for_it(tmp_path, kind):
     made = {}
 
-    def allocate(count):
+    def allocate(count, offset):
         memory = torch.empty(count, dtype=torch.uint8)
         made[memory.data_ptr()] = memory
         return memory

@@ -37,6 +37,14 @@ def test_reads_into_memory_of_the_caller(path):
     assert out == b"\0\0" + CONTENT[100:104] + b"\0\0\0\0"
 
 
+def test_its_descriptor_is_lent_until_it_is_closed(path):
+    file = File(path)
+    assert os.pread(file.fileno(), 3, 1) == CONTENT[1:4]
+    file.close()
+    with pytest.raises(CheckpointError, match="was closed"):
+        file.fileno()
+
+
 def test_threads_share_a_file(path):
     file = File(path)
     with ThreadPoolExecutor(4) as pool:

@@ -455,13 +455,13 @@ def test_a_folder_that_is_on_the_path_twice_brings_its_plugins_once(monkeypatch)
 
 
 def test_a_stream_that_nobody_finishes_does_not_keep_the_process(tmp_path):
-    path = write_checkpoint(tmp_path, {f"t{i}": torch.zeros(4096) for i in range(8)}, shards=4)
+    path = write_checkpoint(tmp_path, {f"t{i}": torch.zeros(1 << 20) for i in range(8)}, shards=4)
     code = f"""
 import torch, weights_core as w
 model = torch.nn.Module()
 for i in range(8):
-    model.register_parameter(f"t{{i}}", torch.nn.Parameter(torch.zeros(4096)))
-config = {{"parallel_shards": {{"max_host_bytes": 1}}}}
+    model.register_parameter(f"t{{i}}", torch.nn.Parameter(torch.zeros(1 << 20)))
+config = {{"parallel_shards": {{"max_host_bytes": 1 << 20}}}}
 session = w.open_session(w.TorchEngine(model), {str(path)!r}, "parallel_shards", config)
 session.resolve()
 reading = session.load().stream()

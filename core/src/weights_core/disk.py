@@ -57,13 +57,13 @@ class ShardSet(WeightSet):
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Read a tensor or a part of it."""
         tensor = self._home[name].read(name, slices)
-        self.count(tensor)
+        self.count(tensor.nbytes)
         return tensor
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Read into `out`, without a copy where it is contiguous host memory."""
         self._home[name].read_into(name, out, slices)
-        self.count(out)
+        self.count(out.nbytes)
 
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Read by file and offset."""
@@ -110,10 +110,10 @@ class ShardSet(WeightSet):
         """Return the file that holds a tensor."""
         return self._home[name]
 
-    def count(self, tensor: torch.Tensor) -> None:
-        """Add a tensor that was read to `bytes_read`."""
+    def count(self, size: int) -> None:
+        """Add the bytes of what was read to `bytes_read`."""
         with self._lock:
-            self._bytes += tensor.numel() * tensor.element_size()
+            self._bytes += size
 
 
 class DiskPlugin(ProviderPlugin[None]):

@@ -39,6 +39,15 @@ class File:
         self.size = found.st_size
         self._version = _version(found)
 
+    def fileno(self) -> int:
+        """Return the descriptor, for those who read in ways of their own and then `check_unchanged`.
+
+        Raises:
+            CheckpointError: the file was closed.
+        """
+        self._check_open()
+        return self._fd
+
     def read(self, count: int, offset: int) -> bytes:
         """Return exactly `count` bytes from `offset`.
 

@@ -16,7 +16,11 @@ from pathlib import Path
 
 import attrs
 
-_NETWORK = ("nfs", "nfs4", "lustre", "ceph", "beegfs", "gpfs", "cifs", "smb3", "9p", "glusterfs")
+NETWORK = frozenset(
+    ("nfs", "nfs4", "lustre", "ceph", "beegfs", "gpfs", "cifs", "smb3", "9p", "glusterfs", "wekafs")
+)
+"""Types of file systems whose files come over a network."""
+
 _NVLINK_PORTS = 18
 _NO_DEVICE = 100
 _PROC = Path("/proc")
@@ -104,7 +108,7 @@ def _open_files() -> Fact:
 
 def _file_system(path: Path) -> Fact:
     kind = file_system(path)
-    if kind in _NETWORK:
+    if kind in NETWORK:
         return Fact("file system", kind, "a network file system: many reads in flight hide its latency")
     if kind in ("tmpfs", "ramfs"):
         return Fact("file system", kind, "the files are memory already, and count against it")

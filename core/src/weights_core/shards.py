@@ -58,12 +58,12 @@ class Shard(abc.ABC):
     def close(self) -> None:
         """Free everything; idempotent."""
 
-    def _memory(self, count: int) -> torch.Tensor:
+    def _memory(self, count: int, offset: int = 0) -> torch.Tensor:
         import torch
 
         if self.allocate is None or not count:
             return torch.empty(count, dtype=torch.uint8, device="cpu")
-        return self.allocate(count)
+        return self.allocate(count, offset)
 
     def _clone(self, part: torch.Tensor) -> torch.Tensor:
         """Clone into memory of ours, with the strides that a clone has."""
@@ -87,22 +87,22 @@ class SafetensorsShard(Shard):
             CheckpointError: the file is malformed; says where.
         """
         self.path = path
-        self._file = File(path)
+        self.file = File(path)
         try:
-            self.metas = read_header(self._file).metas
+            self.metas = read_header(self.file).metas
         except BaseException:
-            self._file.close()
+            self.file.close()
             raise
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Read the rows that `slices` covers, then cut what is left of the other dimensions."""
         meta = self.metas[name]
-        dtype = self._torch_dtype(meta)
+        dtype = self.torch_dtype(meta)
         wanted = normalise(slices, meta.torch_shape)
         rows, rest = wanted[:1], wanted[1:]
         shape = tuple(len(r) for r in rows) + meta.torch_shape[1:]
         count, skip = _row_bytes(meta, rows)
-        raw = self._memory(count)
+        raw = self._memory(count, aligned((meta.offset or 0) + skip, dtype))
         self._read(meta, raw, skip)
         tensor = raw.view(dtype).reshape(shape)
         for dim, r in enumerate(rest, start=1):
@@ -114,7 +114,7 @@ class SafetensorsShard(Shard):
         from weights_core.tensors import as_bytes
 
         meta = self.metas[name]
-        dtype = self._torch_dtype(meta)
+        dtype = self.torch_dtype(meta)
         wanted = normalise(slices, meta.torch_shape)
         check_destination(name, out, tuple(len(r) for r in wanted), dtype)
         whole_rows = all(len(r) == size for r, size in zip(wanted[1:], meta.torch_shape[1:], strict=True))
@@ -129,9 +129,14 @@ class SafetensorsShard(Shard):
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
-    def _torch_dtype(self, meta: TensorMeta) -> torch.dtype:
+    def torch_dtype(self, meta: TensorMeta) -> torch.dtype:
+        """Return the dtype torch gives a tensor of this file.
+
+        Raises:
+            CheckpointError: this torch has none.
+        """
         try:
             return dtypes.to_torch(meta.dtype)
         except KeyError:
@@ -145,10 +150,15 @@ class SafetensorsShard(Shard):
             return
         memory = (ctypes.c_char * out.numel()).from_address(out.data_ptr())
         try:
-            self._file.read_into(memoryview(memory).cast("B"), meta.offset + skip)
+            self.file.read_into(memoryview(memory).cast("B"), meta.offset + skip)
         except CheckpointError as exc:
             exc.tensor = meta.name
             raise
+
+
+def aligned(offset: int, dtype: torch.dtype) -> int:
+    """Return `offset`, or 0 if elements of `dtype` at such an address would not be aligned."""
+    return 0 if offset % dtype.itemsize else offset
 
 
 def _row_bytes(meta: TensorMeta, rows: tuple[range, ...]) -> tuple[int, int]:

@@ -3,7 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+
 import torch
+
+LARGE = 1 << 20
+"""Bytes from which on `empty` maps memory for the tensor alone."""
+
+HUGE = 4 << 20
+"""Bytes from which on that memory is asked for in huge pages."""
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -15,3 +25,41 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements as a flat uint8 tensor: a view if contiguous, else a copy."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # a single element may have any stride
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, *, offset: int | None = None) -> torch.Tensor:
+    """Return uninitialised contiguous host memory of `shape` and `dtype`, good to read a file into.
+
+    A tensor of `LARGE` bytes or more has a mapping of its own: its address is congruent to `offset`,
+    the place in the file in bytes, modulo the page, which is what a direct read needs; it is touched
+    for the first time in huge pages where the system has them, at half the cost; and it goes back
+    to the system with the tensor. The storage begins and ends with the tensor, as `torch.empty`'s.
+
+    Raises:
+        MemoryError: the system has not that much.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    shift = (offset or 0) % mmap.PAGESIZE
+    if shift % dtype.itemsize:
+        shift = 0  # an odd place in the file; the elements must be aligned all the same
+    try:
+        memory = mmap.mmap(-1, shift + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as exc:
+        raise MemoryError(f"no memory for a tensor of {size} bytes: {exc.strerror}") from exc
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=shift)
+    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    return tensor.set_(flat.untyped_storage(), 0, shape, _strides(shape))
+
+
+def allocate(nbytes: int, offset: int = 0) -> torch.Tensor:
+    """Return bytes made by `empty`, as sets allocate; see `weights_core.weightset.Allocate`."""
+    return empty((nbytes,), torch.uint8, offset=offset)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

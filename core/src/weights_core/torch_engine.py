@@ -12,7 +12,7 @@ from torch import nn
 from weights_core import coverage, dtypes
 from weights_core.engine import Alloc, Engine
 from weights_core.errors import CoverageError, EngineError
-from weights_core.tensors import as_bytes, nbytes
+from weights_core.tensors import as_bytes, empty, nbytes
 from weights_core.types import Applied, EngineInfo, Layout, TensorMeta, Topology
 from weights_core.weightset import Target, WeightSet
 
@@ -127,7 +127,7 @@ class TorchEngine(Engine):
         for group in ties:
             given = [name for name in group if name in metas]
             tensor = tensors[group[0]]
-            out = self._staged(tensor, staged)
+            out = self._staged(tensor, staged, metas[given[0]].offset)
             targets.append(Target(given[0], out))
             twins += [(name, out) for name in given[1:]]
         ours = {id(p.get()) for p, t in (self._originals or {}).items() if t.is_meta}
@@ -257,10 +257,15 @@ class TorchEngine(Engine):
             mismatched=mismatched,
         )
 
-    def _staged(self, tensor: torch.Tensor, staged: dict[int, torch.Tensor]) -> torch.Tensor:
+    def _staged(
+        self, tensor: torch.Tensor, staged: dict[int, torch.Tensor], offset: int | None
+    ) -> torch.Tensor:
         if not tensor.is_meta:
             return tensor.detach()
-        staged[id(tensor)] = torch.empty_like(tensor, device=self._device, requires_grad=False)
+        if self._device.type == "cpu" and tensor.is_contiguous():
+            staged[id(tensor)] = empty(tuple(tensor.shape), tensor.dtype, offset=offset)
+        else:
+            staged[id(tensor)] = torch.empty_like(tensor, device=self._device, requires_grad=False)
         return staged[id(tensor)]
 
     def _fill(self, weights: WeightSet, targets: Iterable[Target]) -> Iterator[str]:

@@ -20,8 +20,12 @@ Slices = tuple[slice, ...]
 """One slice per leading dimension, each with step 1; dimensions left out are taken whole."""
 
 
-Allocate = Callable[[int], "torch.Tensor"]
-"""Returns uninitialised host memory of so many bytes, as a flat tensor of uint8. Thread-safe."""
+Allocate = Callable[[int, int], "torch.Tensor"]
+"""Returns uninitialised host memory of so many bytes, as a flat tensor of uint8. Thread-safe.
+
+The second argument is the place in a file, in bytes, that is to be read there: an address congruent to
+it modulo a page lets a direct read go straight to it.
+"""
 
 
 @attrs.frozen(eq=False)

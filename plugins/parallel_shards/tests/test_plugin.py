@@ -27,6 +27,7 @@ from weights_core.errors import (
 )
 from weights_core.testing import Group, host_of, random_tensor, write_checkpoint
 from weights_core.torch_engine import TorchEngine
+from weights_parallel_shards import plugin
 from weights_parallel_shards.plugin import ParallelShardsConfig, ParallelShardsPlugin
 
 PATIENCE = 20
@@ -94,21 +95,38 @@ def _leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-@pytest.mark.parametrize(("shards", "count", "at_a_time"), [(2, 4, 2), (7, 4, 4), (5, 1, 1)])
-def test_claims_several_files_as_a_good_source(tmp_path, kind, shards, count, at_a_time):
+@pytest.mark.parametrize(("shards", "count"), [(2, 4), (7, 8), (5, 1)])
+def test_claims_several_files_as_a_good_source(tmp_path, kind, shards, count):
     folder = write_checkpoint(tmp_path, tensors_of(7), shards=shards, kind=kind)
     claim = plugin_with(threads=count).resolve_format(request_for(folder))
     assert claim.roles == {Role.SOURCE}
     assert claim.fit is Fit.GOOD
     assert claim.layouts == {Layout.CHECKPOINT}
-    assert claim.reason == f"reads {shards} files, {at_a_time} at a time"
+    assert claim.reason == f"reads {shards} files, up to {count} chunks at a time"
 
 
-def test_claims_a_single_file_only_when_named(tmp_path):
+def test_claims_a_single_large_file_as_a_good_source(tmp_path, monkeypatch):
+    request = request_for(write_checkpoint(tmp_path, tensors_of(2)))
+    monkeypatch.setattr(plugin, "SMALL", (tmp_path / "model.safetensors").stat().st_size)
+    claim = plugin_with().resolve_format(request)
+    assert claim.roles == {Role.SOURCE}
+    assert claim.fit is Fit.GOOD
+    assert claim.reason == "reads 1 file, up to 8 chunks at a time"
+
+
+def test_claims_more_readers_for_a_network_file_system_and_for_a_gpu(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path, tensors_of(4), shards=2)
+    assert "up to 16 chunks" in plugin_with().resolve_format(request_for(folder, device="cuda:0")).reason
+    monkeypatch.setattr(plugin, "file_system", lambda path: "nfs4")
+    assert "up to 16 chunks" in plugin_with().resolve_format(request_for(folder)).reason
+    assert "up to 3 chunks" in plugin_with(threads=3).resolve_format(request_for(folder)).reason
+
+
+def test_claims_a_single_small_file_only_when_named(tmp_path):
     request = request_for(write_checkpoint(tmp_path, tensors_of(2)))
     claim = plugin_with().resolve_format(request)
     assert claim.roles == set()
-    assert "single file" in claim.reason
+    assert "single small file" in claim.reason
     claim = plugin_with().resolve_format(attrs.evolve(request, format=("parallel_shards",)))
     assert claim.roles == {Role.SOURCE}
     assert claim.fit is Fit.POSSIBLE
@@ -156,6 +174,7 @@ def test_claiming_imports_no_torch_and_starts_no_thread(tmp_path):
     code = """
 import sys, threading
 from weights_core import EngineInfo, LoadRequest
+from weights_parallel_shards import plugin
 from weights_parallel_shards.plugin import ParallelShardsConfig, ParallelShardsPlugin
 request = LoadRequest(checkpoint=sys.argv[1], engine=EngineInfo(name="test", version="1"))
 claim = ParallelShardsPlugin(ParallelShardsConfig()).resolve_format(request)
@@ -172,7 +191,7 @@ print(claim.fit.name, "torch" in sys.modules, threading.active_count())
 
 def test_settings_by_default():
     config = ParallelShardsConfig()
-    assert (config.threads, config.max_host_bytes) == (4, 256 << 20)
+    assert (config.threads, config.max_host_bytes, config.direct) == ("auto", 256 << 20, "auto")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +202,13 @@ def test_settings_by_default():
         ({"threads": "4"}, "threads"),
         ({"threads": 2.0}, "threads"),
         ({"threads": True}, "threads"),
+        ({"threads": "many"}, "threads"),
+        ({"direct": "sometimes"}, "direct"),
         ({"max_host_bytes": 0}, "max_host_bytes"),
+        (
+            {"max_host_bytes": 1 << 19},
+            "max_host_bytes' of 524288 is too little to read with: give at least 1048576",
+        ),
         ({"max_host_bytes": "1 GB"}, "max_host_bytes"),
         ({"thread": 4}, "no setting 'thread' .did you mean 'threads'"),
         ({"threads": 4, "nonsense": 1}, "no setting 'nonsense'"),
@@ -197,7 +222,9 @@ def test_wrong_settings_are_refused_by_name(tmp_path, settings, why):
     assert model.t000.is_meta
 
 
-@pytest.mark.parametrize("settings", [{}, {"threads": 1}, {"threads": 64, "max_host_bytes": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"threads": 1}, {"threads": 64, "max_host_bytes": 64 << 20}, {"direct": "never"}]
+)
 def test_settings_reach_the_load(tmp_path, settings):
     tensors = tensors_of(9)
     model = model_for(tensors)
@@ -206,7 +233,7 @@ def test_settings_reach_the_load(tmp_path, settings):
     )
     assert report.provider == "parallel_shards"
     (decision,) = [d for d in report.plan.decisions if d.plugin == "parallel_shards"]
-    assert decision.reason == f"reads 3 files, {min(3, settings.get('threads', 4))} at a time"
+    assert decision.reason == f"reads 3 files, up to {settings.get('threads', 8)} chunks at a time"
     assert_holds(model, tensors)
 
 
@@ -233,7 +260,7 @@ def test_loads_what_must_be_cast(tmp_path, device):
     tensors = tensors_of(9)
     model = model_for({name: t.to(torch.bfloat16) for name, t in tensors.items()}, device)
     folder = write_checkpoint(tmp_path, tensors, shards=3)
-    weights_core.load(TorchEngine(model, cast=True), folder, host=host(max_host_bytes=1000))
+    weights_core.load(TorchEngine(model, cast=True), folder, host=host(max_host_bytes=1 << 20))
     assert_holds(model, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
 
 
@@ -291,7 +318,7 @@ def test_loads_side_by_side_from_one_host(tmp_path):
         for number, tensors in enumerate(every)
     ]
     models = [model_for(tensors) for tensors in every]
-    shared = host(threads=3, max_host_bytes=2000)
+    shared = host(threads=3, max_host_bytes=1 << 20)
     begin = threading.Barrier(4)
 
     def one(number):
@@ -439,7 +466,7 @@ def test_an_interrupted_load_joins_its_threads_and_leaves_a_meta_model_untouched
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        weights_core.load(Interrupted(model), folder, host=host(max_host_bytes=1))
+        weights_core.load(Interrupted(model), folder, host=host(max_host_bytes=1 << 20))
     assert caught.value.__notes__ == ["the engine is untouched"]
     assert threads() == before
     assert open_files(folder) == []

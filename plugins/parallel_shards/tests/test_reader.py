@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
-import functools
+import errno
 import gc
+import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -16,11 +19,13 @@ from safetensors.torch import load_file
 from weights_core.checkpoint import find
 from weights_core.disk import ShardSet
 from weights_core.errors import CheckpointError, WeightsError
-from weights_core.shards import SafetensorsShard, open_shards
+from weights_core.shards import open_shards
 from weights_core.tensors import as_bytes, nbytes
 from weights_core.testing import every_dtype, random_tensor, write_checkpoint
 from weights_core.weightset import Target
+from weights_parallel_shards import reader, storage
 from weights_parallel_shards.reader import ParallelSet
+from weights_parallel_shards.tuning import Tuning
 
 PATIENCE = 20
 """Seconds after which a test gives up on what should have happened at once."""
@@ -52,11 +57,10 @@ def oracle(folder):
     return found
 
 
-def parallel(folder, *, shard=None, threads=4, max_host_bytes=1 << 20):
-    """A set over the files of a folder, each opened by `shard` if it is given."""
-    found = find(folder)
-    shards = [shard(path) for path in found.files] if shard else open_shards(found)
-    return ParallelSet(shards, threads=threads, max_host_bytes=max_host_bytes)
+def parallel(folder, *, readers=4, window=1 << 20, chunk=1024, direct="auto"):
+    """A set over the files of a folder, read by threads in chunks of a tensor of `kilobytes`."""
+    tuning = Tuning(readers=readers, chunk=chunk, slots=1, window=window, direct=direct, inline=0)
+    return ParallelSet(open_shards(find(folder)), tuning=tuning)
 
 
 def assert_same(have, want):
@@ -108,7 +112,7 @@ CUTS += [("bin", 2, 1), ("bin", 4, 3), ("bin", 7, 8)]
 def cut(request, tmp_path):
     kind, shards, count = request.param
     folder = write_checkpoint(tmp_path / "checkpoint", assorted(), shards=shards, kind=kind)
-    with contextlib.closing(parallel(folder, threads=count)) as weights:
+    with contextlib.closing(parallel(folder, readers=count)) as weights:
         yield weights, oracle(folder)
 
 
@@ -187,21 +191,11 @@ def test_nothing_is_read_and_no_thread_started_before_the_first_is_asked_for(tmp
 
 def test_one_set_can_be_streamed_several_times_and_in_turns(tmp_path):
     folder = write_checkpoint(tmp_path, kilobytes(9), shards=3)
-    with contextlib.closing(parallel(folder, threads=2, max_host_bytes=1024)) as weights:
+    with contextlib.closing(parallel(folder, readers=2, window=1024)) as weights:
         pairs = list(zip(weights.stream(), weights.stream(), strict=True))
         assert_equal(dict(first for first, _ in pairs), oracle(folder))
         assert_equal(dict(second for _, second in pairs), oracle(folder))
         assert_equal(dict(weights.stream()), oracle(folder))
-
-
-def test_each_file_is_read_in_its_own_order(tmp_path):
-    folder = write_checkpoint(tmp_path, kilobytes(30), shards=3)
-    with contextlib.closing(parallel(folder, threads=3)) as weights:
-        order = [name for name, _ in weights.stream()]
-        filled = [t.name for t in weights.fill(Target(n, torch.zeros(KB)) for n in reversed(list(weights)))]
-        for shard in weights.shards:
-            assert [name for name in order if name in shard.metas] == list(shard.metas)
-            assert [name for name in filled if name in shard.metas] == list(shard.metas)
 
 
 def test_a_target_that_does_not_fit_is_the_consumers_error(tmp_path):
@@ -215,8 +209,27 @@ def test_a_target_that_does_not_fit_is_the_consumers_error(tmp_path):
 # Concurrency ------------------------------------------------------------------------------------
 
 
+def path_of(fd):
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+@pytest.fixture
+def at_read(monkeypatch):
+    """Have a function called with path and offset before every read of tensor data."""
+    plain = storage.preadv
+
+    def install(before):
+        def preadv(fd, buffers, offset):
+            before(path_of(fd), offset)
+            return plain(fd, buffers, offset)
+
+        monkeypatch.setattr(storage, "preadv", preadv)
+
+    return install
+
+
 class Meeting:
-    """Counts the reads under way; the first of each file wait for each other."""
+    """Counts the reads under way; the first of them wait for each other."""
 
     def __init__(self, parties):
         self.barrier = threading.Barrier(parties)
@@ -225,8 +238,7 @@ class Meeting:
         self.most = 0
         self.left = parties
 
-    @contextlib.contextmanager
-    def read(self):
+    def enter(self, path, offset):
         with self.lock:
             self.under_way += 1
             self.most = max(self.most, self.under_way)
@@ -234,181 +246,188 @@ class Meeting:
             self.left -= 1
         if meets:
             self.barrier.wait(PATIENCE)
-        yield
+
+    def leave(self):
         with self.lock:
             self.under_way -= 1
 
 
-class MeetingShard(SafetensorsShard):
-    def __init__(self, meeting, path):
-        super().__init__(path)
-        self.meeting = meeting
-
-    def read(self, name, slices=None):
-        with self.meeting.read():
-            return super().read(name, slices)
-
-    def read_into(self, name, out, slices=None):
-        with self.meeting.read():
-            super().read_into(name, out, slices)
-
-
 @pytest.mark.parametrize("how", ["stream", "fill"])
-@pytest.mark.parametrize(("count", "shards"), [(2, 2), (2, 5), (3, 7), (8, 3)])
-def test_as_many_files_as_threads_are_read_at_a_time_and_never_more(tmp_path, count, shards, how):
+@pytest.mark.parametrize(("count", "shards"), [(2, 1), (2, 5), (5, 3), (8, 1)])
+def test_as_many_chunks_as_readers_are_read_at_a_time_and_never_more(
+    tmp_path, monkeypatch, count, shards, how
+):
     folder = write_checkpoint(tmp_path, kilobytes(28), shards=shards)
-    meeting = Meeting(min(count, shards))
-    make = functools.partial(MeetingShard, meeting)
-    with contextlib.closing(parallel(folder, shard=make, threads=count)) as weights:
+    meeting, plain = Meeting(count), storage.preadv
+
+    def preadv(fd, buffers, offset):
+        meeting.enter(fd, offset)
+        try:
+            return plain(fd, buffers, offset)
+        finally:
+            meeting.leave()
+
+    monkeypatch.setattr(storage, "preadv", preadv)
+    with contextlib.closing(parallel(folder, readers=count)) as weights:
         if how == "stream":
             have = dict(weights.stream())
         else:
             targets = [Target(name, torch.zeros(KB)) for name in weights]
             have = {target.name: target.out for target in weights.fill(targets)}
         assert_equal(have, oracle(folder))
-    assert meeting.most == min(count, shards)
+    assert meeting.most == count
 
 
-def test_one_thread_reads_one_file_at_a_time(tmp_path):
-    folder = write_checkpoint(tmp_path, kilobytes(12), shards=3)
-    meeting = Meeting(1)
-    with contextlib.closing(
-        parallel(folder, shard=functools.partial(MeetingShard, meeting), threads=1)
-    ) as weights:
+def test_chunks_begin_in_the_order_of_files_and_offsets(tmp_path, at_read):
+    folder = write_checkpoint(tmp_path, kilobytes(30), shards=3)
+    reads = []
+    at_read(lambda path, offset: reads.append((path, offset)))
+    with contextlib.closing(parallel(folder, readers=1)) as weights:
+        order = [name for name, _ in weights.stream()]
+        assert order == list(weights)
+        assert reads == sorted(reads)
+        filled = [t.name for t in weights.fill(Target(n, torch.zeros(KB)) for n in reversed(list(weights)))]
+        assert filled == order
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_what_is_small_is_read_in_the_callers_thread(tmp_path, kind, monkeypatch):
+    folder = write_checkpoint(tmp_path, assorted(), shards=2, kind=kind)
+    weights = ParallelSet(
+        open_shards(find(folder)), tuning=Tuning(readers=4, chunk=1 << 20, slots=1, window=1 << 20)
+    )
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was started"))
+    with contextlib.closing(weights):
         assert_equal(dict(weights.stream()), oracle(folder))
-    assert meeting.most == 1
+        assert_equal({name: weights[name] for name in weights}, oracle(folder))
 
 
 # Bounded memory ---------------------------------------------------------------------------------
 
 
 class Ledger:
-    """Bytes read, or being read, that the consumer has not received yet."""
+    """Tensors made for a stream, and the bytes of those that the consumer has not received yet."""
 
-    def __init__(self, limit):
+    def __init__(self, limit, make):
         self.limit = limit
+        self.make = make
         self.lock = threading.Lock()
         self.held = 0
         self.most = 0
         self.company = []
         self.full = threading.Event()
         self.over = threading.Event()
-        self.tensors = {}
+        self.refs = []
 
-    def begin(self, count):
+    def empty(self, shape, dtype, *, offset=None):
+        tensor = self.make(shape, dtype, offset=offset)
+        size = nbytes(tensor)
         with self.lock:
-            if count > self.limit:
+            if size > self.limit:
                 self.company.append(self.held)
-            self.held += count
+            self.held += size
             self.most = max(self.most, self.held)
             if self.held >= self.limit:
                 self.full.set()
             if self.held > self.limit:
                 self.over.set()
+            self.refs.append(weakref.ref(tensor))
+        return tensor
 
     def received(self, tensor):
         with self.lock:
             self.held -= nbytes(tensor)
 
     def alive(self):
-        return {name for name, ref in self.tensors.items() if ref() is not None}
+        return sum(ref() is not None for ref in self.refs)
 
 
-class LedgerShard(SafetensorsShard):
-    def __init__(self, ledger, path):
-        super().__init__(path)
-        self.ledger = ledger
+@pytest.fixture
+def ledger(monkeypatch):
+    def made(limit):
+        ledger = Ledger(limit, reader.empty)
+        monkeypatch.setattr(reader, "empty", ledger.empty)
+        return ledger
 
-    def read(self, name, slices=None):
-        self.ledger.begin(self.metas[name].nbytes)
-        tensor = super().read(name, slices)
-        self.ledger.tensors[name] = weakref.ref(tensor)
-        return tensor
+    return made
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("limit_kb", [1, 2, 5])
-def test_readers_keep_ahead_of_a_slow_consumer_up_to_the_limit_and_no_further(tmp_path, limit_kb, count):
+def test_readers_keep_ahead_of_a_slow_consumer_up_to_the_limit_and_no_further(
+    tmp_path, ledger, limit_kb, count
+):
     folder = write_checkpoint(tmp_path, kilobytes(24), shards=4)
-    ledger = Ledger(limit_kb * 1024)
-    weights = parallel(
-        folder, shard=functools.partial(LedgerShard, ledger), threads=count, max_host_bytes=ledger.limit
-    )
-    with contextlib.closing(weights):
+    made = ledger(limit_kb * 1024)
+    with contextlib.closing(parallel(folder, readers=count, window=made.limit)) as weights:
         stream = weights.stream()
         have = dict([next(stream)])
-        ledger.received(*have.values())
+        made.received(*have.values())
         # What the consumer has in hand counts until it comes back for more.
         if limit_kb > 1:
-            assert eventually(lambda: ledger.held == ledger.limit - 1024)
-        assert not ledger.over.wait(0.1)
+            assert eventually(lambda: made.held == made.limit - 1024)
+        assert not made.over.wait(0.1)
         for name, tensor in stream:
-            ledger.received(tensor)
+            made.received(tensor)
             have[name] = tensor
     assert_equal(have, oracle(folder))
-    assert ledger.most <= ledger.limit
+    assert made.most <= made.limit
 
 
-def test_a_tensor_larger_than_the_limit_is_read_alone(tmp_path):
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_tensor_larger_than_the_limit_is_read_alone(tmp_path, ledger, count):
     tensors = {**kilobytes(8), "a_big": random_tensor(9 * KB), "b_big": random_tensor(7 * KB)}
     folder = write_checkpoint(tmp_path, tensors, shards=3)
-    ledger = Ledger(2 * 1024)
-    weights = parallel(
-        folder, shard=functools.partial(LedgerShard, ledger), threads=3, max_host_bytes=ledger.limit
-    )
-    with contextlib.closing(weights):
+    made = ledger(2 * 1024)
+    with contextlib.closing(parallel(folder, readers=count, window=made.limit)) as weights:
         have = {}
         for name, tensor in weights.stream():
-            ledger.received(tensor)
+            made.received(tensor)
             have[name] = tensor
     assert_equal(have, tensors)
-    assert ledger.company == [0, 0]
+    assert made.company == [0, 0]
 
 
-@pytest.mark.parametrize("limit", [1, 1024, 3000])
+@pytest.mark.parametrize("window", [1, 1024, 3000])
+@pytest.mark.parametrize("chunk", [512, 4096, 1 << 20])
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_consumer_that_keeps_every_tensor_is_not_blocked(tmp_path, limit, count):
+def test_a_consumer_that_keeps_every_tensor_is_not_blocked(tmp_path, count, chunk, window):
     folder = write_checkpoint(tmp_path, {**kilobytes(20), **assorted()}, shards=5)
-    with contextlib.closing(parallel(folder, threads=count, max_host_bytes=limit)) as weights:
+    with contextlib.closing(parallel(folder, readers=count, window=window, chunk=chunk)) as weights:
         assert_equal(dict(list(weights.stream())), oracle(folder))
 
 
-def test_a_tiny_window_has_one_tensor_under_way_at_a_time(tmp_path):
+def test_a_tiny_window_has_one_tensor_under_way_at_a_time(tmp_path, ledger):
     folder = write_checkpoint(tmp_path, kilobytes(12), shards=4)
-    ledger = Ledger(1)
-    weights = parallel(folder, shard=functools.partial(LedgerShard, ledger), threads=4, max_host_bytes=1)
-    with contextlib.closing(weights):
+    made = ledger(1)
+    with contextlib.closing(parallel(folder, window=1)) as weights:
         for _, tensor in weights.stream():
-            ledger.received(tensor)
-    assert ledger.most == 1024
-    assert ledger.company == [0] * 12
+            made.received(tensor)
+    assert made.most == 1024
+    assert made.company == [0] * 12
 
 
-def test_tensors_that_the_consumer_dropped_are_freed_while_it_goes_on(tmp_path):
+def test_tensors_that_the_consumer_dropped_are_freed_while_it_goes_on(tmp_path, ledger):
     folder = write_checkpoint(tmp_path, kilobytes(12), shards=4)
-    ledger = Ledger(1)
-    weights = parallel(folder, shard=functools.partial(LedgerShard, ledger), threads=4, max_host_bytes=1)
-    with contextlib.closing(weights):
+    made = ledger(1)
+    with contextlib.closing(parallel(folder, window=1)) as weights:
         stream = weights.stream()
         for _ in range(12):
-            name, tensor = next(stream)
-            assert eventually(lambda name=name: ledger.alive() == {name})
+            _, tensor = next(stream)
+            assert eventually(lambda: made.alive() == 1)
             del tensor
 
 
-def test_what_was_read_ahead_is_freed_when_the_stream_is_abandoned(tmp_path):
+def test_what_was_read_ahead_is_freed_when_the_stream_is_abandoned(tmp_path, ledger):
     folder = write_checkpoint(tmp_path, kilobytes(12), shards=4)
-    ledger = Ledger(6 * 1024)
-    weights = parallel(
-        folder, shard=functools.partial(LedgerShard, ledger), threads=4, max_host_bytes=ledger.limit
-    )
-    with contextlib.closing(weights):
+    made = ledger(6 * 1024)
+    with contextlib.closing(parallel(folder, window=made.limit)) as weights:
         stream = weights.stream()
         next(stream)
-        assert ledger.full.wait(PATIENCE)
+        assert made.full.wait(PATIENCE)
         stream.close()
         gc.collect()
-        assert ledger.alive() == set()
+        assert made.alive() == 0
 
 
 def test_a_finished_fill_keeps_no_target_alive(tmp_path):
@@ -421,83 +440,124 @@ def test_a_finished_fill_keeps_no_target_alive(tmp_path):
         assert [ref() for ref in alive] == [None] * 4
 
 
+def test_staging_memory_is_reused_from_pass_to_pass_and_freed_by_close(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path, kilobytes(12), shards=4)
+    made = []
+    plain = reader.HostLane
+
+    def lane(tuning):
+        lane = plain(tuning)
+        made.append(weakref.ref(lane))
+        return lane
+
+    monkeypatch.setattr(reader, "HostLane", lane)
+    weights = parallel(folder, readers=3)
+    for _ in range(3):
+        list(weights.stream())
+        list(weights.fill([Target(name, torch.zeros(KB)) for name in weights]))
+    assert len(made) == 3
+    weights.close()
+    gc.collect()
+    assert [ref() for ref in made] == [None] * 3
+
+
 # Failures ---------------------------------------------------------------------------------------
 
 
-class BreakingShard(SafetensorsShard):
-    """The first file fails at its tensor number `good`; after that, the others read slowly."""
+class Breaking:
+    """Reads of the first file fail from its tensor number `good` on; after that, others are slow."""
 
-    def __init__(self, state, path):
-        super().__init__(path)
-        self.state = state
-        self.breaks = "00001-of" in path.name
+    def __init__(self, good, error):
+        self.good, self.error = good, error
+        self.failed = threading.Event()
+        self.lock = threading.Lock()
+        self.first = 0
+        self.after = 0
 
-    def check(self, name):
-        if not self.breaks:
-            assert self.state["failed"].wait(PATIENCE)
-            with self.state["lock"]:
-                self.state["after"].append(name)
+    def __call__(self, path, offset):
+        if "00001-of" in path:
+            with self.lock:
+                self.first += 1
+                fails = self.first > self.good
+            if fails:
+                self.failed.set()
+                raise self.error
+        else:
+            assert self.failed.wait(PATIENCE)
+            with self.lock:
+                self.after += 1
             time.sleep(0.01)
-        elif list(self.metas).index(name) == self.state["good"]:
-            self.state["failed"].set()
-            raise self.state["error"]
-
-    def read(self, name, slices=None):
-        self.check(name)
-        return super().read(name, slices)
-
-    def read_into(self, name, out, slices=None):
-        self.check(name)
-        super().read_into(name, out, slices)
 
 
-def breaking(good, error):
-    return {"failed": threading.Event(), "lock": threading.Lock(), "after": [], "good": good, "error": error}
-
-
-def consume(weights, how):
+def consume(weights, how, size=1):
     if how == "stream":
         return [name for name, _ in weights.stream()]
-    return [t.name for t in weights.fill([Target(name, torch.zeros(KB)) for name in weights])]
+    return [t.name for t in weights.fill([Target(name, torch.zeros(size * KB)) for name in weights])]
 
 
 @pytest.mark.parametrize("how", ["stream", "fill"])
 @pytest.mark.parametrize("good", [0, 2])
 @pytest.mark.parametrize("kind", [RuntimeError, OSError, MemoryError])
-def test_a_failing_file_is_named_its_cause_chained_and_its_siblings_stop(tmp_path, how, good, kind):
+def test_a_failing_file_is_named_its_cause_chained_and_its_siblings_stop(tmp_path, at_read, how, good, kind):
     folder = write_checkpoint(tmp_path, kilobytes(600), shards=3)
     error = kind("broken cable")
-    state = breaking(good, error)
+    breaks = Breaking(good, error)
+    at_read(breaks)
     before = threads()
-    with contextlib.closing(
-        parallel(folder, shard=functools.partial(BreakingShard, state), threads=3)
-    ) as weights:
+    with contextlib.closing(parallel(folder, readers=3)) as weights:
         with pytest.raises(CheckpointError, match="broken cable") as caught:
             consume(weights, how)
         assert threads() == before
         assert caught.value.file == folder / "model-00001-of-00003.safetensors"
         assert caught.value.__cause__ is error
-        reads = len(state["after"])
+        reads = breaks.after
         assert reads < 200
-    assert len(state["after"]) == reads
-
-
-def test_a_checkpoint_error_of_a_file_is_raised_as_it_is(tmp_path):
-    folder = write_checkpoint(tmp_path, kilobytes(6), shards=3)
-    error = CheckpointError("torn", file=folder, tensor="t000")
-    state = breaking(0, error)
-    with contextlib.closing(
-        parallel(folder, shard=functools.partial(BreakingShard, state), threads=3)
-    ) as weights:
-        with pytest.raises(CheckpointError) as caught:
-            consume(weights, "stream")
-        assert caught.value is error
+    assert breaks.after == reads
 
 
 @pytest.mark.parametrize("how", ["stream", "fill"])
-def test_a_file_truncated_after_opening_is_an_error_that_names_it(tmp_path, how):
+@pytest.mark.parametrize("direct", ["always", "never"])
+def test_an_error_of_the_device_names_tensor_and_byte(tmp_path, at_read, how, direct):
+    folder = write_checkpoint(tmp_path, kilobytes(60, size=8), shards=3)
+    bad = folder / "model-00002-of-00003.safetensors"
+
+    def broken(path, offset):
+        if path == str(bad) and offset >= 65536:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    at_read(broken)
+    with contextlib.closing(parallel(folder, chunk=16384, direct=direct)) as weights:
+        with pytest.raises(CheckpointError, match="Input/output error") as caught:
+            consume(weights, how, size=8)
+        meta = weights.meta(caught.value.tensor)
+    assert caught.value.file == bad == meta.file
+    assert isinstance(caught.value.__cause__, OSError)
+    assert max(65536, meta.offset) <= caught.value.offset < meta.offset + meta.nbytes
+
+
+def test_the_first_error_wins(tmp_path, at_read):
+    folder = write_checkpoint(tmp_path, kilobytes(6), shards=3)
+    together = threading.Barrier(3)
+    errors = []
+
+    def broken(path, offset):
+        together.wait(PATIENCE)
+        errors.append(OSError(errno.EIO, f"number {len(errors)}"))
+        raise errors[-1]
+
+    at_read(broken)
+    with contextlib.closing(parallel(folder, readers=3)) as weights:
+        with pytest.raises(CheckpointError) as caught:
+            consume(weights, "stream")
+        assert caught.value.__cause__ in errors
+    assert len(errors) == 3
+
+
+@pytest.mark.parametrize("how", ["stream", "fill"])
+@pytest.mark.parametrize("direct", ["always", "never"])
+def test_a_file_truncated_after_opening_is_an_error_that_names_it(tmp_path, how, direct):
     folder = write_checkpoint(tmp_path, kilobytes(12), shards=3)
-    with contextlib.closing(parallel(folder)) as weights:
+    with contextlib.closing(parallel(folder, direct=direct)) as weights:
         file = folder / "model-00002-of-00003.safetensors"
         os.truncate(file, file.stat().st_size - 100)
         with pytest.raises(CheckpointError, match=r"became shorter|was changed") as caught:
@@ -522,10 +582,47 @@ def test_a_file_that_is_changed_after_it_was_opened_is_found(tmp_path, how, kind
         assert caught.value.file == file
 
 
+def test_nothing_that_was_rewritten_in_the_middle_of_a_read_is_handed_out(tmp_path, at_read):
+    folder = write_checkpoint(tmp_path, kilobytes(12), shards=2)
+    want = oracle(folder)
+    file = folder / "model-00002-of-00002.safetensors"
+
+    def rewrite(path, offset):
+        if path == str(file):
+            with file.open("r+b") as stream:
+                stream.seek(-512, os.SEEK_END)
+                stream.write(bytes(512))
+            os.utime(file, ns=(1, 1))
+
+    at_read(rewrite)
+    have = {}
+
+    def stream_all():
+        for name, tensor in weights.stream():
+            have[name] = tensor  # noqa: PERF403 - what came before the error counts
+
+    with contextlib.closing(parallel(folder)) as weights:
+        with pytest.raises(CheckpointError, match="was changed while it was read"):
+            stream_all()
+        assert all(weights.meta(name).file != file for name in have)
+    assert_equal(have, {name: want[name] for name in have})
+
+
+@pytest.mark.parametrize("direct", ["always", "never", "auto"])
+def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path, direct):
+    folder = write_checkpoint(tmp_path / "c", kilobytes(12), shards=2)
+    want = oracle(folder)
+    other = write_checkpoint(tmp_path / "d", {n: t + 1 for n, t in kilobytes(12).items()}, shards=2)
+    with contextlib.closing(parallel(folder, direct=direct)) as weights:
+        for file in other.iterdir():
+            os.replace(file, folder / file.name)
+        assert_equal(dict(weights.stream()), want)
+
+
 def running_stream(tmp_path, **options):
     """A set and its stream, of which the first tensor was consumed while the rest waits for room."""
     folder = write_checkpoint(tmp_path, kilobytes(40), shards=4)
-    weights = parallel(folder, max_host_bytes=3 * 1024, **options)
+    weights = parallel(folder, window=3 * 1024, **options)
     stream = weights.stream()
     next(stream)
     return weights, stream
@@ -538,7 +635,7 @@ def test_abandoning_a_stream_joins_its_threads(tmp_path):
     del stream
     gc.collect()
     assert threads() == before
-    assert weights.bytes_read < 40 * 1024
+    assert weights.bytes_read == 1024
     weights.close()
     assert open_files(tmp_path) == []
 
@@ -558,7 +655,7 @@ def test_an_error_thrown_into_a_stream_joins_its_threads(tmp_path, kind):
 def test_an_error_in_the_consumer_joins_the_threads(tmp_path, kind, how):
     folder = write_checkpoint(tmp_path, kilobytes(40), shards=4)
     before = threads()
-    with contextlib.closing(parallel(folder, max_host_bytes=3 * 1024)) as weights:
+    with contextlib.closing(parallel(folder, window=3 * 1024)) as weights:
 
         def consumer():
             targets = [Target(name, torch.zeros(KB)) for name in weights]
@@ -570,30 +667,44 @@ def test_an_error_in_the_consumer_joins_the_threads(tmp_path, kind, how):
         assert threads() == before
 
 
-class InterruptingShard(SafetensorsShard):
-    """Interrupts the main thread, as Ctrl-C does, while it waits for this shard's second tensor."""
-
-    def read(self, name, slices=None):
-        if name == "t004":
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        return super().read(name, slices)
-
-
-def test_ctrl_c_while_waiting_for_a_tensor_joins_the_threads(tmp_path):
+def test_ctrl_c_while_waiting_for_a_tensor_joins_the_threads(tmp_path, at_read):
     assert threading.current_thread() is threading.main_thread()
     folder = write_checkpoint(tmp_path, kilobytes(40), shards=4)
+    reads = itertools.count()
+
+    def interrupt(path, offset):
+        if next(reads) == 5:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    at_read(interrupt)
     before = threads()
-    with contextlib.closing(parallel(folder, shard=InterruptingShard, max_host_bytes=1)) as weights:
+    with contextlib.closing(parallel(folder, window=1)) as weights:
         with pytest.raises(KeyboardInterrupt):
             list(weights.stream())
         assert threads() == before
         assert weights.bytes_read < 40 * 1024
 
 
+def test_signals_that_are_handled_do_not_disturb(tmp_path):
+    assert threading.current_thread() is threading.main_thread()
+    folder = write_checkpoint(tmp_path, kilobytes(400), shards=4)
+    rings = []
+    old = signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        with contextlib.closing(parallel(folder, direct="always")) as weights:
+            have = dict(weights.stream())
+            assert eventually(lambda: rings)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert_equal(have, oracle(folder))
+
+
 def test_closing_the_set_during_a_stream_joins_the_threads_and_closes_the_files(tmp_path):
     before = threads()
     weights, stream = running_stream(tmp_path)
-    assert len(open_files(tmp_path)) == 4
+    assert len(set(open_files(tmp_path))) == 4
     weights.close()
     assert threads() == before
     assert open_files(tmp_path) == []
@@ -601,8 +712,13 @@ def test_closing_the_set_during_a_stream_joins_the_threads_and_closes_the_files(
     stream.close()
 
 
-def test_a_stream_whose_set_was_closed_does_not_end_as_if_it_were_complete(tmp_path):
-    weights, stream = running_stream(tmp_path)
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_stream_whose_set_was_closed_does_not_end_as_if_it_were_complete(tmp_path, inline):
+    folder = write_checkpoint(tmp_path, kilobytes(40), shards=4)
+    tuning = Tuning(readers=2, chunk=1024, slots=1, window=3 * 1024, inline=inline << 20)
+    weights = ParallelSet(open_shards(find(folder)), tuning=tuning)
+    stream = weights.stream()
+    next(stream)
     weights.close()
     with pytest.raises(WeightsError):
         list(stream)
@@ -613,6 +729,7 @@ def test_a_closed_set_does_not_read_from_a_file_that_has_its_old_descriptor(tmp_
     decoy = tmp_path / "decoy"
     decoy.write_bytes(bytes(1 << 16))
     weights = parallel(folder)
+    list(weights.stream())
     weights.close()
     with contextlib.ExitStack() as files:
         for _ in range(8):  # these take the numbers that were just given back
@@ -623,18 +740,16 @@ def test_a_closed_set_does_not_read_from_a_file_that_has_its_old_descriptor(tmp_
             list(weights.stream())
 
 
-def test_closing_from_another_thread_ends_a_consumer_that_waits(tmp_path):
+def test_closing_from_another_thread_ends_a_consumer_that_waits(tmp_path, at_read):
     folder = write_checkpoint(tmp_path, kilobytes(8), shards=4)
-    reading, closed = threading.Event(), threading.Event()
+    reading, closing, closed = threading.Event(), threading.Event(), threading.Event()
 
-    class Stuck(SafetensorsShard):
-        def read(self, name, slices=None):
-            reading.set()
-            assert closing.wait(PATIENCE)
-            return super().read(name, slices)
+    def stuck(path, offset):
+        reading.set()
+        assert closing.wait(PATIENCE)
 
-    closing = threading.Event()
-    weights = parallel(folder, shard=Stuck, threads=2)
+    at_read(stuck)
+    weights = parallel(folder, readers=2)
     ended = []
 
     def consumer():
@@ -656,3 +771,44 @@ def test_closing_from_another_thread_ends_a_consumer_that_waits(tmp_path):
         worker.join(PATIENCE)
     assert closed.is_set()
     assert len(ended) == 1
+
+
+FORKING = """
+import os, sys
+from pathlib import Path
+from weights_core.checkpoint import find
+from weights_core.errors import CheckpointError
+from weights_core.shards import open_shards
+from weights_parallel_shards.reader import ParallelSet
+from weights_parallel_shards.tuning import Tuning
+
+tuning = Tuning(readers=3, chunk=1024, slots=1, window=3000, inline=0)
+weights = ParallelSet(open_shards(find(Path(sys.argv[1]))), tuning=tuning)
+stream = weights.stream()
+name, first = next(stream)
+child = os.fork()
+if not child:
+    try:
+        next(stream)
+    except CheckpointError as exc:
+        assert "forked" in str(exc), exc
+    else:
+        os._exit(3)
+    assert first.numel() == weights.read(name).numel()
+    assert len(list(weights.stream())) == len(weights)
+    weights.close()
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+assert len(list(stream)) == len(weights) - 1
+weights.close()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_forked_child_neither_hangs_nor_reads_on_and_the_parent_does(tmp_path):
+    folder = write_checkpoint(tmp_path, kilobytes(40), shards=4)
+    code = "import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n" + FORKING
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

@@ -7,17 +7,17 @@ unmapped when nothing refers to it: a large tensor has a mapping of its own, sma
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 import weakref
 
 import torch
 
+from weights_core.tensors import allocate
+
 SMALL = {16 << 10: 256 << 10, 1 << 20: 8 << 20}
 """The most bytes of a tensor that shares a mapping → the bytes of that mapping. Two sizes, as scales
 that are kept should not hold the room of weights."""
-_HUGE = 2 << 20
 _ALIGNMENT = 64
 
 
@@ -28,20 +28,21 @@ class Lender:
         self._shared = [_Shared(most, size) for most, size in SMALL.items()]
         self._lock = threading.Lock()
 
-    def lend(self, nbytes: int) -> torch.Tensor:
+    def lend(self, nbytes: int, offset: int = 0) -> torch.Tensor:
         """Return uninitialised memory as a flat tensor of uint8, whose storage is that memory alone.
 
+        Large memory is congruent to `offset`, the place in a file that is read there, modulo a page.
+
         Raises:
-            OSError: the system has no memory.
+            MemoryError: the system has none.
         """
         if not nbytes:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         shared = next((shared for shared in self._shared if nbytes <= shared.most), None)
         if shared is None:
-            part = memoryview(_mapped(nbytes))[:nbytes]
-        else:
-            with self._lock:
-                part = shared.part(nbytes)
+            return allocate(nbytes, offset)  # mapped for it alone
+        with self._lock:
+            part = shared.part(nbytes)
         return torch.frombuffer(part, dtype=torch.uint8)  # its storage keeps `part`, which keeps the mapping
 
     def trim(self) -> None:
@@ -75,7 +76,7 @@ class _Shared:
         self._rewind()
         if self._mapping is None or self._used + nbytes > self._size:
             self.forget()
-            self._mapping = _mapped(self._size)
+            self._mapping = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         part = memoryview(self._mapping)[self._used : self._used + nbytes]
         self._parts.append((self._used, weakref.ref(part)))
         self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -94,12 +95,3 @@ class _Shared:
     def _rewind(self) -> None:
         while self._parts and self._parts[-1][1]() is None:
             self._used, _ = self._parts.pop()
-
-
-def _mapped(nbytes: int) -> mmap.mmap:
-    """Map memory: private, so that a forked child's writes are its own."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= _HUGE:
-        with contextlib.suppress(OSError):  # a kernel without huge pages; they are only faster
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plugin for weights-core: the files of a checkpoint read concurrently."""
+"""A plugin for weights-core: a checkpoint read at the speed of its storage."""

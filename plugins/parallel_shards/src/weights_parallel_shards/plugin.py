@@ -5,81 +5,112 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from weights_core import FormatClaim, LoadRequest, ProviderPlugin, Role, hookimpl
 from weights_core.checkpoint import CheckpointFiles, find
 from weights_core.errors import CheckpointError
+from weights_core.machine import NETWORK, file_system
 from weights_core.types import Fit
+from weights_parallel_shards.tuning import LEAST, Tuning, tune
 
 if TYPE_CHECKING:
     from weights_core import Engine, Source, WeightSet
 
 log = logging.getLogger("weights.parallel_shards")
 
+SMALL = 64 << 20
+"""Bytes of a single file below which reading it in parallel gains nothing worth a word."""
+
+_OPENERS = 8
+
+
+def _positive(_config: object, _threads: object, value: object) -> None:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError(f"'threads' must be a number from 1, or 'auto': {value!r}")
+
+
+def _enough(_config: object, _max_host_bytes: object, value: int) -> None:
+    if value < LEAST:
+        raise ValueError(f"'max_host_bytes' of {value} is too little to read with: give at least {LEAST}")
+
 
 @attrs.frozen(kw_only=True)
 class ParallelShardsConfig:
     """Settings.
 
-    `threads` files are read at a time. A consumer that streams is kept ahead of by at most
-    `max_host_bytes`.
+    `threads` chunks are read at a time; "auto" goes by the storage. `max_host_bytes` bounds staging
+    memory and what is read ahead of a consumer that streams, together. `direct` says whether to read
+    past the page cache: "auto" where that works and the bytes are not cached; "always"; or "never".
     """
 
-    threads: int = attrs.field(default=4, validator=attrs.validators.ge(1))
-    max_host_bytes: int = attrs.field(default=256 << 20, validator=attrs.validators.ge(1))
+    threads: int | Literal["auto"] = attrs.field(default="auto", validator=_positive)
+    max_host_bytes: int = attrs.field(default=256 << 20, validator=_enough)
+    direct: Literal["auto", "always", "never"] = attrs.field(
+        default="auto", validator=attrs.validators.in_(("auto", "always", "never"))
+    )
 
 
 class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):
-    """Reads the files of a checkpoint concurrently; the idea is that of TensorRT-LLM's PR 14021."""
+    """Reads the files of a checkpoint in parallel; the idea is that of TensorRT-LLM's PR 14021."""
 
     Config = ParallelShardsConfig
 
     @hookimpl
     def resolve_format(self, request: LoadRequest) -> FormatClaim:
-        """Claim a checkpoint of several files; of one file only if named."""
+        """Claim a checkpoint of several files or of a large one; a small one only if named."""
         try:
             found = self._find(request)
+            size = sum(file.stat().st_size for file in found.files)
         except CheckpointError as exc:
             return FormatClaim.refuse(str(exc))
+        except OSError as exc:
+            return FormatClaim.refuse(f"{exc.filename}: {exc.strerror}")
         files = len(found.files)
-        if files < 2 and "parallel_shards" in request.format:
-            return FormatClaim(roles={Role.SOURCE}, reason="a single file, read the plain way")
-        if files < 2:
-            return FormatClaim.refuse("a single file, which the disk source reads as well")
+        small = files < 2 and (size < SMALL or found.kind != "safetensors")
+        if small and "parallel_shards" not in request.format:
+            return FormatClaim.refuse("a single small file, which the disk source reads as well")
+        readers = self._tuning(found, request).readers
         return FormatClaim(
             roles={Role.SOURCE},
-            fit=Fit.GOOD,
-            reason=f"reads {files} files, {min(self.config.threads, files)} at a time",
+            fit=Fit.POSSIBLE if small else Fit.GOOD,
+            reason=f"reads {files} file{'s' * (files != 1)}, up to {readers} chunks at a time",
         )
 
     @hookimpl
     def load_weights(self, request: LoadRequest, engine: Engine, source: Source) -> WeightSet:
         """Open and validate all files concurrently; the set reads them as it is consumed."""
-        from weights_core.disk import ShardSet
         from weights_core.shards import open_shards
         from weights_parallel_shards.reader import ParallelSet
 
         found = self._find(request)
-        threads = min(self.config.threads, len(found.files))
-        if threads == 1:
+        if len(found.files) == 1:
             shards = open_shards(found)
         else:
-            with ThreadPoolExecutor(threads, thread_name_prefix="weights-open") as pool:
+            openers = min(_OPENERS, len(found.files))
+            with ThreadPoolExecutor(openers, thread_name_prefix="weights-open") as pool:
                 shards = open_shards(found, pool)
         component = request.engine.component
         files = f"{len(shards)} file{'s' * (len(shards) != 1)}"
         log.info("%s%s of %s", f"{component}: " if component else "", files, found.root)
-        if len(shards) < 2:
-            return ShardSet(shards, provider="parallel_shards", notes=found.notes)
         return ParallelSet(
             shards,
             notes=found.notes,
-            threads=threads,
-            max_host_bytes=self.config.max_host_bytes,
+            tuning=self._tuning(found, request, cuda=False),
+            device_tuning=self._tuning(found, request, cuda=True),
         )
 
     def _find(self, request: LoadRequest) -> CheckpointFiles:
         return find(request.checkpoint, request.engine.component, request.is_pipeline)
+
+    def _tuning(self, found: CheckpointFiles, request: LoadRequest, *, cuda: bool | None = None) -> Tuning:
+        threads = self.config.threads
+        return tune(
+            self.config.max_host_bytes,
+            threads=None if threads == "auto" else threads,
+            direct=self.config.direct,
+            remote=file_system(found.root) in NETWORK,
+            cuda=request.engine.device.startswith("cuda") if cuda is None else cuda,
+        )

@@ -1,43 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read several files at a time, each in its own order, and hand on what is ready first."""
+"""A checkpoint's files as one set, read in chunks by several threads."""
 
 from __future__ import annotations
 
-import queue
-import threading
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from itertools import groupby
+from typing import Any, TypeVar
 
-import attrs
 import torch
 
 from weights_core.disk import ShardSet
-from weights_core.errors import CheckpointError, WeightsError
-from weights_core.shards import Shard
-from weights_core.tensors import nbytes
-from weights_core.weightset import Target
+from weights_core.shards import SafetensorsShard, Shard, aligned
+from weights_core.tensors import allocate, nbytes
+from weights_core.weightset import Slices, Target, check_destination, normalise
+from weights_parallel_shards.chunks import Chunk, Item, Piece, boxes, gather, selection, span
+from weights_parallel_shards.lanes import Device, DeviceLane, HostLane, Lane, integers
+from weights_parallel_shards.run import Run
+from weights_parallel_shards.storage import Storage
+from weights_parallel_shards.tuning import Tuning
 from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
 
 
-@attrs.frozen(eq=False)
-class Job(Generic[T]):
-    """One tensor to read, and what to call for it.
+def cuda_device(device: torch.device) -> Device | None:
+    """Return how to bring bytes to `device`, or None if a plain copy does."""
+    if device.type != "cuda":
+        return None
+    from weights_parallel_shards.cuda import CudaDevice
 
-    `held` bytes of the result are memory of ours until the consumer has it.
-    """
-
-    shard: Shard
-    held: int
-    run: Callable[[], T]
+    return CudaDevice(device)
 
 
 class ParallelSet(ShardSet):
-    """A checkpoint's files as one set, `threads` of them read at a time.
+    """A checkpoint's files as one set, read in chunks by several threads.
 
-    `fill` reads straight into the targets. `stream` reads ahead of the consumer by at most
-    `max_host_bytes`; what it has yielded is the consumer's and is not counted.
+    `fill` reads straight into targets in host memory, and through a ring of pinned memory into those
+    on CUDA. `stream` reads ahead of the consumer within the tuning's window; what it has yielded is
+    the consumer's and is not counted. Each pass has threads and staging memory of its own; staging
+    memory is kept for the next pass until the set is closed.
+
+    A file of `torch.save` takes part tensor by tensor: several are read at a time, as they are mapped.
     """
 
     def __init__(
@@ -45,135 +49,185 @@ class ParallelSet(ShardSet):
         shards: Sequence[Shard],
         *,
         notes: tuple[str, ...] = (),
-        threads: int,
-        max_host_bytes: int,
+        tuning: Tuning,
+        device_tuning: Tuning | None = None,
+        device_of: Callable[[torch.device], Device | None] = cuda_device,
     ) -> None:
+        """Take over open `shards`.
+
+        Args:
+            shards: the files.
+            notes: what was passed over.
+            tuning: for reading into host memory.
+            device_tuning: for reading to a device that copies by itself; `tuning` if not given.
+            device_of: tells such devices from others.
+        """
         super().__init__(shards, provider="parallel_shards", notes=notes)
-        self._threads = threads
-        self._max_host_bytes = max_host_bytes
+        self.allocate_from(allocate)
+        self._tuning = tuning
+        self._device_tuning = device_tuning or tuning
+        self._device_of = device_of
+        self._storages: dict[Shard, Storage] = {
+            shard: Storage(shard.file, tuning.direct)
+            for shard in self.shards
+            if isinstance(shard, SafetensorsShard)
+        }
+        self._lanes: dict[torch.device, list[Lane]] = {}
         self._runs: list[Run[Any]] = []
 
+    def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
+        """Read a tensor or a part of it: what is large in parallel, the rest plainly."""
+        shard = self.shard_of(name)
+        meta = self.meta(name)
+        if not isinstance(shard, SafetensorsShard) or meta.nbytes <= self._tuning.inline:
+            return super().read(name, slices)
+        dtype, ranges = shard.torch_dtype(meta), normalise(slices, meta.torch_shape)
+        first, _, _ = selection(meta.torch_shape, ranges, dtype.itemsize)
+        assert meta.offset is not None
+        out = _made(shard, tuple(len(chosen) for chosen in ranges), dtype, meta.offset + first)
+        self.read_into(name, out, slices)
+        return out
+
+    def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
+        """Read into `out`: what is large in parallel, the rest plainly."""
+        if self.meta(name).nbytes <= self._tuning.inline:
+            super().read_into(name, out, slices)
+        else:
+            for _ in self.fill([Target(name, out, slices)]):
+                pass
+
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield tensors as they come in, each file in its own order."""
-
-        def job(name: str) -> Job[tuple[str, torch.Tensor]]:
-            return Job(self.shard_of(name), self.meta(name).nbytes, lambda: (name, self.read(name)))
-
-        return self._run([job(name) for name in self.in_order(names)])
+        """Yield tensors as they come in, begun by file and offset."""
+        return self._stream(self.in_order(names))
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
-        """Fill the targets, each file's in the order of its offsets."""
-
-        def job(target: Target) -> Job[Target]:
-            def run() -> Target:
-                self.read_into(target.name, target.out, target.slices)
-                return target
-
-            straight = target.out.device.type == "cpu" and target.out.is_contiguous() and not target.slices
-            return Job(self.shard_of(target.name), 0 if straight else nbytes(target.out), run)
-
-        return self._run([job(target) for target in self.sorted(targets)])
+        """Fill the targets, begun by file and offset, and yield each as it is done."""
+        return self._fill(self.sorted(targets))
 
     def close(self) -> None:
-        """Stop what is still being read, join the threads and close the files."""
+        """Stop what is still being read, join the threads, close the files and free staging memory."""
         for run in list(self._runs):
             run.stop()
+        for storage in self._storages.values():
+            storage.close()
+        self._lanes.clear()
         super().close()
 
-    def _run(self, jobs: list[Job[T]]) -> Iterator[T]:
-        run = Run(jobs, self._threads, Window(self._max_host_bytes))
+    def _stream(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        chunks: list[Chunk] = []
+        items: list[Item[tuple[str, torch.Tensor]]] = []
+        limit = self._tuning.chunk
+        for shard, group in groupby(names, self.shard_of):
+            pieces: list[Piece] = []
+            for name in group:
+                item = _streamed(shard, name)
+                items.append(item)
+                meta = shard.metas[name]
+                if not isinstance(shard, SafetensorsShard):
+                    chunks.append(Chunk(shard.path, None, items=[item]))
+                elif meta.nbytes:
+                    assert meta.offset is not None
+                    pieces += span(item, meta.offset, meta.nbytes, limit)
+            if pieces:
+                chunks += gather(self._storages[shard], pieces, limit, windowed=True)
+        yield from self._run(items, chunks, torch.device("cpu"))
+
+    def _fill(self, targets: list[Target]) -> Iterator[Target]:
+        for target in targets:
+            self._check(target)
+        by_device: dict[torch.device, list[Target]] = {}
+        for target in targets:
+            by_device.setdefault(target.out.device, []).append(target)
+        for device, group in by_device.items():
+            yield from self._fill_on(device, group)
+
+    def _check(self, target: Target) -> None:
+        shard, meta = self.shard_of(target.name), self.meta(target.name)
+        shape = tuple(len(chosen) for chosen in normalise(target.slices, meta.torch_shape))
+        if isinstance(shard, SafetensorsShard):
+            check_destination(target.name, target.out, shape, shard.torch_dtype(meta))
+
+    def _fill_on(self, device: torch.device, targets: list[Target]) -> Iterator[Target]:
+        limit = (self._tuning if self._device_of(device) is None else self._device_tuning).chunk
+        chunks: list[Chunk] = []
+        items: list[Item[Target]] = []
+        for shard, group in groupby(targets, lambda target: self.shard_of(target.name)):
+            pieces: list[Piece] = []
+            for target in group:
+                item = Item(target.name, nbytes(target.out), result=target)
+                items.append(item)
+                if isinstance(shard, SafetensorsShard):
+                    pieces += _pieces(shard, target, item, limit)
+                else:
+                    item.begin = _reading(shard, target)
+                    chunks.append(Chunk(shard.path, None, items=[item]))
+            if pieces:
+                chunks += gather(self._storages[shard], pieces, limit, windowed=False)
+        yield from self._run(items, chunks, device)
+
+    def _run(self, items: list[Item[T]], chunks: list[Chunk], device: torch.device) -> Iterator[T]:
+        maker = self._device_of(device)
+        tuning = self._tuning if maker is None else self._device_tuning
+        idle = self._lanes.setdefault(torch.device("cpu") if maker is None else device, [])
+        inline = sum(item.size for item in items) <= tuning.inline
+        count = 1 if inline else min(tuning.readers, len(chunks))
+        lanes: list[Lane] = []
+        for _ in range(count):
+            try:
+                lanes.append(idle.pop())
+            except IndexError:
+                lanes.append(HostLane(tuning) if maker is None else DeviceLane(tuning, maker))
+        run = Run(items, chunks, lanes, idle, Window(tuning.window), self.count)
         self._runs.append(run)
         try:
-            yield from run.results()
+            yield from run.results(inline=inline)
         finally:
             self._runs.remove(run)
 
 
-@attrs.frozen
-class _Result(Generic[T]):
-    """What a reader hands over: a job's value, or the error that ended the reading."""
+def _streamed(shard: Shard, name: str) -> Item[tuple[str, torch.Tensor]]:
+    meta = shard.metas[name]
+    item = Item[tuple[str, torch.Tensor]](name, meta.nbytes, meta.nbytes)
+    if isinstance(shard, SafetensorsShard):
+        dtype = shard.torch_dtype(meta)
 
-    held: int
-    value: T
+        def begin() -> None:
+            tensor = _made(shard, meta.torch_shape, dtype, meta.offset or 0)
+            item.result, item.address = (name, tensor), tensor.data_ptr()
+    else:
+
+        def begin() -> None:
+            item.result = (name, shard.read(name))
+
+    item.begin = begin
+    return item
 
 
-class Run(Generic[T]):
-    """One pass over some jobs: threads take one file after the other, results come out as they are ready.
+def _made(shard: Shard, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+    """Return memory to read byte `offset` of a file into, from whoever was asked to allocate."""
+    assert shard.allocate is not None
+    raw = shard.allocate(math.prod(shape) * dtype.itemsize, aligned(offset, dtype))
+    return raw.view(dtype).view(shape)
 
-    The threads are daemons: one that waits for a consumer that never comes back must not keep the
-    interpreter from exiting.
-    """
 
-    def __init__(self, jobs: Sequence[Job[T]], threads: int, window: Window) -> None:
-        by_shard: dict[Shard, list[Job[T]]] = {}
-        for job in jobs:
-            by_shard.setdefault(job.shard, []).append(job)
-        self._due = len(jobs)
-        self._window = window
-        self._files = iter(list(by_shard.values()))
-        self._lock = threading.Lock()
-        self._ready: queue.SimpleQueue[_Result[T] | Exception | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"weights-read-{number}", daemon=True)
-            for number in range(min(threads, len(by_shard)))
-        ]
+def _reading(shard: Shard, target: Target) -> Callable[[], None]:
+    return lambda: shard.read_into(target.name, target.out, target.slices)
 
-    def results(self) -> Iterator[T]:
-        """Yield every job's result as it is ready.
 
-        Raises:
-            CheckpointError: a file could not be read, or `stop` was called meanwhile.
-        """
-        for thread in self._threads:
-            thread.start()
-        working, ready = len(self._threads), None
-        try:
-            while working:
-                ready = self._ready.get()
-                if ready is None:
-                    working -= 1
-                elif isinstance(ready, Exception):
-                    raise ready
-                else:
-                    self._due -= 1
-                    yield ready.value
-                    self._window.give_back(ready.held)
-                ready = None  # the consumer's now: not to be kept while we wait for the next
-        finally:
-            del ready  # nor an error, whose traceback leads here
-            self.stop()
-        if self._due:
-            raise CheckpointError("the set was closed while it was read")
-
-    def stop(self) -> None:
-        """Let running reads end, begin no others, and join the threads; idempotent."""
-        self._window.close()
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
-
-    def _work(self) -> None:
-        try:
-            while jobs := self._next_file():
-                for job in jobs:
-                    if not self._window.take(job.held):
-                        return
-                    self._ready.put(_Result(job.held, self._read(job)))
-        except Exception as exc:  # noqa: BLE001 - raised in the consumer's thread
-            self._ready.put(exc)
-        finally:
-            self._ready.put(None)
-
-    def _next_file(self) -> list[Job[T]] | None:
-        with self._lock:
-            return next(self._files, None)
-
-    @staticmethod
-    def _read(job: Job[T]) -> T:
-        try:
-            return job.run()
-        except (WeightsError, ValueError):  # ValueError: the consumer's destination is wrong
-            raise
-        except Exception as exc:
-            why = f"could not be read: {type(exc).__name__}: {exc}"
-            raise CheckpointError(why, file=job.shard.path) from exc
+def _pieces(shard: SafetensorsShard, target: Target, item: Item[Target], limit: int) -> Iterator[Piece]:
+    meta, out = shard.metas[target.name], target.out.detach()
+    if not out.numel():
+        return
+    assert meta.offset is not None
+    ranges = normalise(target.slices, meta.torch_shape)
+    first, _, strides = selection(meta.torch_shape, ranges, out.element_size())
+    if out.is_contiguous() and strides in ((), (1,)):
+        if out.device.type == "cpu":
+            item.address = out.data_ptr()
+        item.out = out.reshape(-1).view(torch.uint8)
+        yield from span(item, meta.offset + first, item.size, limit)
+    else:
+        rows = [1]
+        for length in reversed(meta.torch_shape[1:]):
+            rows.append(rows[-1] * length)
+        yield from boxes(item, meta.offset + first, rows[::-1], integers(out), limit)

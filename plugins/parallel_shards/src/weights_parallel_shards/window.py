@@ -7,7 +7,7 @@ import threading
 
 
 class Window:
-    """At most `limit` bytes are taken at a time; a single larger piece is let in alone."""
+    """At most `limit` bytes are taken at a time; a single larger tensor is let in alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -15,11 +15,15 @@ class Window:
         self._closed = False
         self._changed = threading.Condition()
 
-    def take(self, count: int) -> bool:
-        """Wait until `count` bytes fit, and take them; False if the window was closed."""
+    def take(self, count: int, kept: int = 0) -> bool:
+        """Wait until `count` bytes fit, and take them; False if the window was closed.
+
+        `kept` bytes of those taken can't be given back before the caller has gone on, so it is not
+        to wait for them.
+        """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or not self._taken or self._taken + count <= self._limit
+                lambda: self._closed or self._taken <= kept or self._taken + count <= self._limit
             )
             if self._closed:
                 return False

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers a reader works by, and how they follow from the settings. All were measured."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import attrs
+
+Direct: TypeAlias = Literal["auto", "always", "never"]
+
+ALIGNMENT = 4096
+"""Bytes to which direct I/O is aligned in file and memory; what every Linux file system takes."""
+
+GAP = 64 << 10
+"""Bytes between two wanted ranges of a file from which on two reads are cheaper than one over both."""
+
+STRAIGHT = 64 << 10
+"""Bytes of a tensor from which on a direct read goes straight to it, not through staging memory."""
+
+BUFFERS = 500
+"""Tensors that one read fills at most; the system takes 1024 buffers, and each may need two."""
+
+SPARE = 128 << 10
+"""Bytes of staging memory beyond a chunk: the edges of aligned reads, and of their parts."""
+
+CHUNK = 8 << 20
+SMALLEST_CHUNK = 256 << 10
+LEAST = 1 << 20
+"""The smallest `max_host_bytes`: one reader, the smallest chunk, and room to read ahead."""
+
+READERS_LOCAL, READERS_REMOTE = 8, 16
+READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 16, 2, 4 << 20
+
+
+@attrs.frozen(kw_only=True)
+class Tuning:
+    """How many `readers` read chunks of how many bytes, each into `slots` staging buffers in turn.
+
+    What is read ahead of the consumer of a stream takes up to `window` bytes. Up to `inline` bytes
+    threads cost more than they bring, and the caller's thread reads.
+    """
+
+    readers: int
+    chunk: int
+    slots: int
+    window: int
+    direct: Direct = "auto"
+    inline: int = 8 << 20
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one staging buffer."""
+        return self.chunk + SPARE
+
+
+def tune(limit: int, *, threads: int | None, direct: Direct, remote: bool, cuda: bool) -> Tuning:
+    """Fit readers and chunks into `limit` bytes: staging takes a half at most, the window the rest.
+
+    Args:
+        limit: bytes of host memory, `LEAST` or more.
+        threads: readers; None lets the storage decide.
+        direct: see the plugin's settings.
+        remote: whether the files come over a network, whose latency more readers hide.
+        cuda: whether the readers feed a GPU.
+    """
+    chunk, slots = (CHUNK_CUDA, SLOTS_CUDA) if cuda else (CHUNK, 1)
+    readers = threads or (READERS_CUDA if cuda else READERS_REMOTE if remote else READERS_LOCAL)
+    while readers * slots * (chunk + SPARE) > limit // 2 and chunk > SMALLEST_CHUNK:
+        chunk //= 2
+    slots = max(1, min(slots, limit // 2 // (chunk + SPARE)))
+    readers = max(1, min(readers, limit // 2 // (slots * (chunk + SPARE))))
+    window = limit - readers * slots * (chunk + SPARE) - chunk
+    return Tuning(readers=readers, chunk=chunk, slots=slots, window=window, direct=direct)
