@@ -319,9 +319,8 @@ class Ledger:
         self.over = threading.Event()
         self.refs = []
 
-    def empty(self, shape, dtype, *, offset=None):
-        tensor = self.make(shape, dtype, offset=offset)
-        size = nbytes(tensor)
+    def allocate(self, size, offset=0):
+        tensor = self.make(size, offset)
         with self.lock:
             if size > self.limit:
                 self.company.append(self.held)
@@ -331,7 +330,7 @@ class Ledger:
                 self.full.set()
             if self.held > self.limit:
                 self.over.set()
-            self.refs.append(weakref.ref(tensor))
+            self.refs.append(weakref.ref(tensor.untyped_storage()))
         return tensor
 
     def received(self, tensor):
@@ -345,8 +344,8 @@ class Ledger:
 @pytest.fixture
 def ledger(monkeypatch):
     def made(limit):
-        ledger = Ledger(limit, reader.empty)
-        monkeypatch.setattr(reader, "empty", ledger.empty)
+        ledger = Ledger(limit, reader.allocate)
+        monkeypatch.setattr(reader, "allocate", ledger.allocate)
         return ledger
 
     return made
