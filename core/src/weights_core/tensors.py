@@ -9,7 +9,7 @@ import mmap
 
 import torch
 
-LARGE = 1 << 20
+LARGE = 256 << 10
 """Bytes from which on `empty` maps memory for the tensor alone."""
 
 HUGE = 4 << 20

@@ -12,7 +12,7 @@ import torch
 
 from weights_core.disk import ShardSet
 from weights_core.shards import SafetensorsShard, Shard, aligned
-from weights_core.tensors import allocate, nbytes
+from weights_core.tensors import allocate
 from weights_core.weightset import Slices, Target, check_destination, normalise
 from weights_parallel_shards.chunks import Chunk, Item, Piece, boxes, gather, selection, span
 from weights_parallel_shards.lanes import Device, DeviceLane, HostLane, Lane, integers
@@ -142,22 +142,26 @@ class ParallelSet(ShardSet):
             yield from self._fill_on(device, group)
 
     def _check(self, target: Target) -> None:
-        shard, meta = self.shard_of(target.name), self.meta(target.name)
-        shape = tuple(len(chosen) for chosen in normalise(target.slices, meta.torch_shape))
+        shard = self.shard_of(target.name)
         if isinstance(shard, SafetensorsShard):
+            meta = shard.metas[target.name]
+            shape = meta.torch_shape
+            if target.slices:
+                shape = tuple(len(chosen) for chosen in normalise(target.slices, shape))
             check_destination(target.name, target.out, shape, shard.torch_dtype(meta))
 
     def _fill_on(self, device: torch.device, targets: list[Target]) -> Iterator[Target]:
+        is_host = device.type == "cpu" and self._device_of(device) is None
         limit = (self._tuning if self._device_of(device) is None else self._device_tuning).chunk
         chunks: list[Chunk] = []
         items: list[Item[Target]] = []
         for shard, group in groupby(targets, lambda target: self.shard_of(target.name)):
             pieces: list[Piece] = []
             for target in group:
-                item = Item(target.name, nbytes(target.out), result=target)
+                item = Item(target.name, target.out.nbytes, result=target)
                 items.append(item)
                 if isinstance(shard, SafetensorsShard):
-                    pieces += _pieces(shard, target, item, limit)
+                    pieces += _pieces(shard, target, item, limit, is_host=is_host)
                 else:
                     item.begin = _reading(shard, target)
                     chunks.append(Chunk(shard.path, None, items=[item]))
@@ -214,20 +218,26 @@ def _reading(shard: Shard, target: Target) -> Callable[[], None]:
     return lambda: shard.read_into(target.name, target.out, target.slices)
 
 
-def _pieces(shard: SafetensorsShard, target: Target, item: Item[Target], limit: int) -> Iterator[Piece]:
-    meta, out = shard.metas[target.name], target.out.detach()
-    if not out.numel():
+def _pieces(
+    shard: SafetensorsShard, target: Target, item: Item[Target], limit: int, *, is_host: bool
+) -> Iterator[Piece]:
+    meta, out = shard.metas[target.name], target.out
+    if not item.size:
         return
     assert meta.offset is not None
-    ranges = normalise(target.slices, meta.torch_shape)
-    first, _, strides = selection(meta.torch_shape, ranges, out.element_size())
-    if out.is_contiguous() and strides in ((), (1,)):
-        if out.device.type == "cpu":
-            item.address = out.data_ptr()
-        item.out = out.reshape(-1).view(torch.uint8)
-        yield from span(item, meta.offset + first, item.size, limit)
-    else:
+    begin, is_whole = meta.offset, True
+    if target.slices:
+        ranges = normalise(target.slices, meta.torch_shape)
+        first, _, strides = selection(meta.torch_shape, ranges, out.element_size())
+        begin, is_whole = begin + first, strides in ((), (1,))
+    if not is_whole or not out.is_contiguous():
         rows = [1]
         for length in reversed(meta.torch_shape[1:]):
             rows.append(rows[-1] * length)
-        yield from boxes(item, meta.offset + first, rows[::-1], integers(out), limit)
+        yield from boxes(item, begin, rows[::-1], integers(out), limit)
+        return
+    if is_host:
+        item.address = out.data_ptr()
+    else:
+        item.out = out.detach().reshape(-1).view(torch.uint8)
+    yield from span(item, begin, item.size, limit)

@@ -78,7 +78,8 @@ class Run(Generic[T]):
             for batch in self._read_here() if inline else self._batches():
                 for item in batch:
                     yield self._hand_over(item)
-                    self._window.give_back(item.held)
+                    if item.held:
+                        self._window.give_back(item.held)
         finally:
             self.stop()
         if self._due:
