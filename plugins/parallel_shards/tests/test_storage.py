@@ -122,7 +122,12 @@ def test_without_the_kernels_count_one_page_is_asked_for(path, opened, monkeypat
     if resident(path) != 0 or not has_direct_io(path):
         pytest.skip("the file system keeps its pages, or has no direct I/O")
     monkeypatch.setattr(module, "_cached_pages", lambda *_: None)
-    assert opened().way(0, SIZE).align == module.ALIGNMENT
+    def asked_when_not_cached():
+        evict(path)
+        return opened().way(0, SIZE).align
+
+    # to ask begins to read the page, and a fast disk may have brought it by the time of the answer
+    assert module.ALIGNMENT in {asked_when_not_cached() for _ in range(20)}
     path.read_bytes()
     assert opened().way(0, SIZE).align == 1
     evict(path)

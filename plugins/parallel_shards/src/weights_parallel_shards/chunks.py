@@ -34,7 +34,7 @@ class Item(Generic[T]):
         address: of a contiguous destination in host memory, else 0.
         left: pieces that have not arrived.
         chunks: chunks that were not taken up; until the last is, nobody waits for the item's room.
-        marks: what must be reached on a device before the bytes are there.
+        mark: what a device must pass before the bytes are there.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Item(Generic[T]):
     address: int = 0
     left: int = 0
     chunks: int = 0
-    marks: dict[object, Mark] = attrs.field(factory=dict)
+    mark: Mark | None = None
 
 
 @attrs.frozen(eq=False)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 import torch
 
@@ -30,15 +32,11 @@ class CudaChannel:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def copy(self, out: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> CudaMark:
         """Copy from pinned memory, asynchronously; what is spread out there is put together first."""
-        if not source.is_contiguous():
-            source = source.contiguous()  # pageable, so torch copies before it returns
         with torch.cuda.stream(self._stream):
-            out.copy_(source, non_blocking=True)
-
-    def mark(self) -> CudaMark:
-        """Record an event."""
+            for out, source in parts:  # what is put together is pageable: torch waits for its copy
+                out.copy_(source.contiguous(), non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return CudaMark(event, self._device)

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import abc
 import ctypes
-from typing import Protocol
+import queue
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import attrs
 import torch
 
 from weights_core.errors import CheckpointError
 from weights_core.tensors import empty
-from weights_parallel_shards.chunks import Chunk, Piece
+from weights_parallel_shards.chunks import Chunk, Item, Piece
 from weights_parallel_shards.storage import ReadError, Segments, Way, memory
 from weights_parallel_shards.tuning import ALIGNMENT, STRAIGHT, Tuning
 
@@ -36,12 +39,11 @@ class Mark(Protocol):
 class Channel(Protocol):
     """An order of copies from host memory to a device, beside others."""
 
-    def copy(self, out: torch.Tensor, source: torch.Tensor) -> None:
-        """Submit a copy; `source` must stay as it is until a later mark has passed."""
-        ...
+    def copy(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mark:
+        """Submit copies, destination and source, and return the point after them.
 
-    def mark(self) -> Mark:
-        """Return the point after all that was submitted."""
+        The sources must stay as they are until it has passed.
+        """
         ...
 
     def follow(self) -> None:
@@ -61,24 +63,38 @@ class Device(Protocol):
         ...
 
 
+@attrs.frozen(eq=False)
+class Pending:
+    """A chunk that lies in staging memory: copies, destination and source, that are still to be submitted."""
+
+    lane: DeviceLane
+    slot: int
+    items: Sequence[Item[Any]]
+    copies: Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
 class Lane(abc.ABC):
     """One reader's staging memory, kept from one pass over a set to the next."""
 
     @abc.abstractmethod
-    def read(self, chunk: Chunk) -> None:
-        """Bring a chunk to its destinations.
+    def read(self, chunk: Chunk) -> Pending | None:
+        """Bring a chunk to its destinations, or to where the consumer's thread must go on; see `submit`.
 
         Raises:
             CheckpointError: the bytes cannot be had; names file, tensor and byte.
         """
 
-    @abc.abstractmethod
     def begin(self) -> None:
         """Get ready for a pass; called by the consumer."""
+        return
 
-    @abc.abstractmethod
+    def cancel(self) -> None:
+        """Have `read` wait for nothing any more; called by any thread."""
+        return
+
     def end(self) -> None:
-        """Return when nothing is under way any more."""
+        """Return when nothing is under way any more; called by the consumer when `read` can't run."""
+        return
 
 
 class HostLane(Lane):
@@ -86,12 +102,6 @@ class HostLane(Lane):
 
     def __init__(self, tuning: Tuning) -> None:
         (self._slot,) = slots(empty((tuning.slot_bytes + ALIGNMENT,), torch.uint8), 1)
-
-    def begin(self) -> None:
-        """Nothing to get ready."""
-
-    def end(self) -> None:
-        """Nothing is ever under way after `read`."""
 
     def read(self, chunk: Chunk) -> None:
         """Read and copy; when this returns the bytes are there."""
@@ -104,36 +114,58 @@ class HostLane(Lane):
 
 
 class DeviceLane(Lane):
-    """Reads into slots of memory that a device copies from by itself, some chunks behind."""
+    """Reads into slots of memory that a device copies from by itself, some chunks behind.
+
+    All readers of a pass share one: whoever is next takes the slot that is free next.
+    """
 
     def __init__(self, tuning: Tuning, device: Device) -> None:
         self._channel = device.channel()
-        ring = device.host_memory(tuning.slots * tuning.slot_bytes + ALIGNMENT)
-        self._slots: list[tuple[torch.Tensor, Mark | None]] = [(s, None) for s in slots(ring, tuning.slots)]
+        count = tuning.readers * tuning.slots
+        self._slots = slots(device.host_memory(count * tuning.slot_bytes + ALIGNMENT), count)
+        self._marks: list[Mark | None] = [None] * count
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def begin(self) -> None:
         """Begin after what the consumer has submitted: it may still use the destinations' memory."""
         self._channel.follow()
+        self._free = queue.SimpleQueue()
+        for number in range(len(self._slots)):
+            self._free.put(number)
 
-    def read(self, chunk: Chunk) -> None:
-        """Read, and submit the copies; the items are marked."""
-        slot, busy = self._slots.pop(0)
+    def cancel(self) -> None:
+        """Wake a reader that waits for a slot."""
+        self._free.put(None)
+
+    def read(self, chunk: Chunk) -> Pending | None:
+        """Read into a slot that the device is done with; None if cancelled."""
+        number = self._free.get()
+        if number is None:
+            return None
+        slot, busy = self._slots[number], self._marks[number]
         if busy is not None:
             busy.synchronize()
-        mark = None
-        try:
-            for piece, source in fetch(chunk, slot, straight=False):
-                for out, staged in parts(piece, source, slot):
-                    self._channel.copy(out, staged)
-        finally:
-            mark = self._channel.mark()
-            self._slots.append((slot, mark))
-        for item in chunk.items:
-            item.marks[self] = mark
+        copies = [
+            c for piece, source in fetch(chunk, slot, straight=False) for c in parts(piece, source, slot)
+        ]
+        return Pending(self, number, chunk.items, copies)
+
+    def submit(self, read: Sequence[Pending]) -> None:
+        """Submit the copies of chunks that were read; called by the consumer's thread.
+
+        Copies submitted by many threads wait for each other in the driver and for the interpreter, at a
+        third of the speed; each submission costs about as much as several copies, so they go together.
+        """
+        mark = self._channel.copy([copy for one in read for copy in one.copies])
+        for one in read:
+            self._marks[one.slot] = mark
+            self._free.put(one.slot)
+            for item in one.items:
+                item.mark = mark  # in the order of one channel the last counts
 
     def end(self) -> None:
         """Wait for the device: nobody else knows of its copies."""
-        for _, busy in self._slots:
+        for busy in dict.fromkeys(self._marks):
             if busy is not None:
                 busy.synchronize()
 

@@ -172,15 +172,14 @@ class ParallelSet(ShardSet):
     def _run(self, items: list[Item[T]], chunks: list[Chunk], device: torch.device) -> Iterator[T]:
         maker = self._device_of(device)
         tuning = self._tuning if maker is None else self._device_tuning
-        idle = self._lanes.setdefault(torch.device("cpu") if maker is None else device, [])
         inline = sum(item.size for item in items) <= tuning.inline
         count = 1 if inline else min(tuning.readers, len(chunks))
-        lanes: list[Lane] = []
-        for _ in range(count):
-            try:
-                lanes.append(idle.pop())
-            except IndexError:
-                lanes.append(HostLane(tuning) if maker is None else DeviceLane(tuning, maker))
+        idle = self._lanes.setdefault(torch.device("cpu") if maker is None else device, [])
+        lanes: list[Lane]
+        if maker is None:
+            lanes = [idle.pop() if idle else HostLane(tuning) for _ in range(count)]
+        else:
+            lanes = [idle.pop() if idle else DeviceLane(tuning, maker)] * count
         run = Run(items, chunks, lanes, idle, Window(tuning.window), self.count)
         self._runs.append(run)
         try:

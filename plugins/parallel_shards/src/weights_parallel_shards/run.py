@@ -8,14 +8,15 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeAlias, TypeVar, cast
 
 from weights_core.errors import CheckpointError, WeightsError
 from weights_parallel_shards.chunks import Chunk, Item
-from weights_parallel_shards.lanes import Lane
+from weights_parallel_shards.lanes import Lane, Mark, Pending
 from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
+_Read: TypeAlias = tuple[Chunk, Pending | None]
 
 
 class Run(Generic[T]):
@@ -39,7 +40,7 @@ class Run(Generic[T]):
         Args:
             items: everything that is to be had.
             chunks: what to read, in order.
-            lanes: one per reader; they go to `idle` in the end.
+            lanes: one per reader, or the same for all; they go to `idle` in the end.
             idle: where lanes go.
             window: what items that hold memory need room in.
             count: told of the bytes of each result.
@@ -52,10 +53,10 @@ class Run(Generic[T]):
         self._count = count
         self._kept = 0
         self._stopped = False
+        self._joined: Mark | None = None
         self._pid = os.getpid()
         self._turn = threading.Lock()
-        self._arrival = threading.Lock()
-        self._ready: queue.SimpleQueue[list[Item[T]] | Exception | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Read | Exception | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"weights-read-{number}", daemon=True)
             for number, lane in enumerate(lanes)
@@ -73,7 +74,7 @@ class Run(Generic[T]):
                 if item.begin is not None:
                     item.begin()
                 yield self._hand_over(item)
-            for lane in self._lanes:
+            for lane in dict.fromkeys(self._lanes):
                 lane.begin()
             for batch in self._read_here() if inline else self._batches():
                 for item in batch:
@@ -95,14 +96,16 @@ class Run(Generic[T]):
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        while self._lanes:
-            lane = self._lanes.pop()
+        lanes, self._lanes = dict.fromkeys(self._lanes), []
+        for lane in lanes:
             lane.end()
             self._idle.append(lane)
 
     def _hand_over(self, item: Item[T]) -> T:
-        for mark in item.marks.values():
-            mark.join()
+        if item.mark is not self._joined:
+            assert item.mark is not None
+            item.mark.join()
+            self._joined = item.mark
         result, item.result, item.out = item.result, None, None  # the consumer's now, not to be kept here
         self._due -= 1
         self._count(item.size)
@@ -115,8 +118,8 @@ class Run(Generic[T]):
                 return
             with _named(chunk):
                 self._begin(chunk)
-                batch = self._read(chunk, lane)
-            yield batch
+                staged = self._read(chunk, lane)
+            yield self._complete([(chunk, staged)])
 
     def _batches(self) -> Iterator[list[Item[T]]]:
         for thread in self._threads:
@@ -125,28 +128,30 @@ class Run(Generic[T]):
         while working:
             if os.getpid() != self._pid:
                 raise CheckpointError("is being read by the process that this one was forked from")
-            batch = self._ready.get()
-            if batch is None:
-                working -= 1
-            elif isinstance(batch, Exception):
-                try:
-                    raise batch
-                finally:
-                    del batch  # its traceback leads here
-            else:
-                yield batch
+            reads = [self._ready.get()]
+            while not self._ready.empty():
+                reads.append(self._ready.get())
+            for failed in reads:
+                if isinstance(failed, Exception):
+                    try:
+                        raise failed
+                    finally:
+                        del failed, reads  # its traceback leads here
+            working -= reads.count(None)
+            yield self._complete([read for read in reads if isinstance(read, tuple)])
 
     def _cancel(self) -> None:
         self._stopped = True
         self._window.close()
+        for lane in self._lanes:
+            lane.cancel()
 
     def _work(self, lane: Lane) -> None:
         try:
             while (chunk := self._next()) is not None:
                 with _named(chunk):
-                    batch = self._read(chunk, lane)
-                if batch:
-                    self._ready.put(batch)
+                    staged = self._read(chunk, lane)
+                self._ready.put((chunk, staged))
         except Exception as exc:  # noqa: BLE001 - raised in the consumer's thread
             self._cancel()
             self._ready.put(exc)
@@ -178,16 +183,24 @@ class Run(Generic[T]):
             if not item.chunks:
                 self._kept -= item.held
 
-    def _read(self, chunk: Chunk, lane: Lane) -> list[Item[T]]:
-        """Read a chunk; return the items that are complete with it."""
-        if chunk.storage is None:
-            (item,) = chunk.items
-            assert item.begin is not None
-            item.begin()
-            return [item]
-        lane.read(chunk)
-        complete = []
-        with self._arrival:
+    def _read(self, chunk: Chunk, lane: Lane) -> Pending | None:
+        """Read a chunk as far as this thread can."""
+        if chunk.storage is not None:
+            return lane.read(chunk)
+        (item,) = chunk.items
+        assert item.begin is not None
+        item.begin()
+        return None
+
+    def _complete(self, reads: Sequence[_Read]) -> list[Item[T]]:
+        """Finish chunks that were read; return the items that are complete with them."""
+        staged = [staged for _, staged in reads if staged is not None]
+        if staged:
+            staged[0].lane.submit(staged)
+        complete: list[Item[T]] = []
+        for chunk, _ in reads:
+            if chunk.storage is None:
+                complete += chunk.items
             for piece in chunk.pieces:
                 piece.item.left -= 1
                 if not piece.item.left:

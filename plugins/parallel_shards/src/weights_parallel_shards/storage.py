@@ -24,7 +24,7 @@ _MEMORY = memoryview((ctypes.c_char * (1 << 56)).from_address(0)).cast("B")
 _CACHESTAT = 451
 """The number of the system call, on every architecture but Alpha; Linux 6.5 and later."""
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC = ctypes.PyDLL(None)  # keeps the interpreter: the call is shorter than getting it back
 
 
 def memory(address: int, size: int) -> memoryview:

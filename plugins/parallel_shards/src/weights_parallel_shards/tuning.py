@@ -30,7 +30,7 @@ LEAST = 1 << 20
 """The smallest `max_host_bytes`: one reader, the smallest chunk, and room to read ahead."""
 
 READERS_LOCAL, READERS_REMOTE = 8, 16
-READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 16, 2, 4 << 20
+READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 12, 2, 8 << 20
 
 
 @attrs.frozen(kw_only=True)
@@ -57,6 +57,8 @@ class Tuning:
 def tune(limit: int, *, threads: int | None, direct: Direct, remote: bool, cuda: bool) -> Tuning:
     """Fit readers and chunks into `limit` bytes: staging takes a half at most, the window the rest.
 
+    For a GPU, to which nothing is read ahead, staging may take all.
+
     Args:
         limit: bytes of host memory, `LEAST` or more.
         threads: readers; None lets the storage decide.
@@ -66,9 +68,10 @@ def tune(limit: int, *, threads: int | None, direct: Direct, remote: bool, cuda:
     """
     chunk, slots = (CHUNK_CUDA, SLOTS_CUDA) if cuda else (CHUNK, 1)
     readers = threads or (READERS_CUDA if cuda else READERS_REMOTE if remote else READERS_LOCAL)
-    while readers * slots * (chunk + SPARE) > limit // 2 and chunk > SMALLEST_CHUNK:
+    room = limit if cuda else limit // 2
+    while readers * slots * (chunk + SPARE) > room and chunk > SMALLEST_CHUNK:
         chunk //= 2
-    slots = max(1, min(slots, limit // 2 // (chunk + SPARE)))
-    readers = max(1, min(readers, limit // 2 // (slots * (chunk + SPARE))))
-    window = limit - readers * slots * (chunk + SPARE) - chunk
+    slots = max(1, min(slots, room // (chunk + SPARE)))
+    readers = max(1, min(readers, room // (slots * (chunk + SPARE))))
+    window = chunk if cuda else limit - readers * slots * (chunk + SPARE) - chunk
     return Tuning(readers=readers, chunk=chunk, slots=slots, window=window, direct=direct)
