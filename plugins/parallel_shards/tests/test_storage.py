@@ -122,6 +122,7 @@ def test_without_the_kernels_count_one_page_is_asked_for(path, opened, monkeypat
     if resident(path) != 0 or not has_direct_io(path):
         pytest.skip("the file system keeps its pages, or has no direct I/O")
     monkeypatch.setattr(module, "_cached_pages", lambda *_: None)
+
     def asked_when_not_cached():
         evict(path)
         return opened().way(0, SIZE).align

@@ -26,10 +26,10 @@ def test_staging_and_window_together_keep_to_the_limit(limit, threads, cuda, rem
 
 def test_by_default_the_storage_decides_how_many_read():
     def readers(**given):
-        return tune(256 * MIB, **{"threads": None, "direct": "auto", "remote": False, "cuda": False, **given})
+        return tune(None, **{"threads": None, "direct": "auto", "remote": False, "cuda": False, **given})
 
     assert readers().readers == 8
     assert readers(remote=True).readers == 16
-    assert readers(cuda=True).readers == 12
+    assert readers(cuda=True).readers == 14
     assert readers(cuda=True).slots == 2
     assert readers(threads=3, remote=True).readers == 3

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import collections
 import ctypes
 import queue
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from weights_parallel_shards.tuning import ALIGNMENT, STRAIGHT, Tuning
 
 _RELEASE = 64 << 10
 """Bytes of a copy from which on it pays to let other threads run meanwhile."""
+
+_SUBMISSIONS = 2
+"""Submissions of copies under way, so that the device never waits for the next."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,6 +96,10 @@ class Lane(abc.ABC):
         """Have `read` wait for nothing any more; called by any thread."""
         return
 
+    def settle(self) -> bool:
+        """Wait for the oldest thing under way, if any; called by the consumer, who has nothing to do."""
+        return False
+
     def end(self) -> None:
         """Return when nothing is under way any more; called by the consumer when `read` can't run."""
         return
@@ -116,14 +124,16 @@ class HostLane(Lane):
 class DeviceLane(Lane):
     """Reads into slots of memory that a device copies from by itself, some chunks behind.
 
-    All readers of a pass share one: whoever is next takes the slot that is free next.
+    All readers of a pass share one: whoever is next takes the slot that is free next. Readers never
+    call the device: the consumer's thread submits the copies and sees to what is done. Calls from many
+    threads wait for each other in the driver and for the interpreter, at a third of the speed.
     """
 
     def __init__(self, tuning: Tuning, device: Device) -> None:
         self._channel = device.channel()
         count = tuning.readers * tuning.slots
         self._slots = slots(device.host_memory(count * tuning.slot_bytes + ALIGNMENT), count)
-        self._marks: list[Mark | None] = [None] * count
+        self._under_way: collections.deque[tuple[Mark, list[int]]] = collections.deque()
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def begin(self) -> None:
@@ -138,13 +148,11 @@ class DeviceLane(Lane):
         self._free.put(None)
 
     def read(self, chunk: Chunk) -> Pending | None:
-        """Read into a slot that the device is done with; None if cancelled."""
+        """Read into a free slot; None if cancelled."""
         number = self._free.get()
         if number is None:
             return None
-        slot, busy = self._slots[number], self._marks[number]
-        if busy is not None:
-            busy.synchronize()
+        slot = self._slots[number]
         copies = [
             c for piece, source in fetch(chunk, slot, straight=False) for c in parts(piece, source, slot)
         ]
@@ -153,21 +161,30 @@ class DeviceLane(Lane):
     def submit(self, read: Sequence[Pending]) -> None:
         """Submit the copies of chunks that were read; called by the consumer's thread.
 
-        Copies submitted by many threads wait for each other in the driver and for the interpreter, at a
-        third of the speed; each submission costs about as much as several copies, so they go together.
+        Each submission costs about as much as several copies, so they go together.
         """
         mark = self._channel.copy([copy for one in read for copy in one.copies])
+        self._under_way.append((mark, [one.slot for one in read]))
         for one in read:
-            self._marks[one.slot] = mark
-            self._free.put(one.slot)
             for item in one.items:
                 item.mark = mark  # in the order of one channel the last counts
+        while len(self._under_way) > _SUBMISSIONS:
+            self.settle()
+
+    def settle(self) -> bool:
+        """Wait for the oldest submission and free its slots; False if none is under way."""
+        if not self._under_way:
+            return False
+        mark, done = self._under_way.popleft()
+        mark.synchronize()
+        for number in done:
+            self._free.put(number)
+        return True
 
     def end(self) -> None:
         """Wait for the device: nobody else knows of its copies."""
-        for busy in dict.fromkeys(self._marks):
-            if busy is not None:
-                busy.synchronize()
+        while self.settle():
+            pass
 
 
 def slots(ring: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -32,8 +32,8 @@ def _positive(_config: object, _threads: object, value: object) -> None:
         raise ValueError(f"'threads' must be a number from 1, or 'auto': {value!r}")
 
 
-def _enough(_config: object, _max_host_bytes: object, value: int) -> None:
-    if value < LEAST:
+def _enough(_config: object, _max_host_bytes: object, value: object) -> None:
+    if value != "auto" and (type(value) is not int or value < LEAST):
         raise ValueError(f"'max_host_bytes' of {value} is too little to read with: give at least {LEAST}")
 
 
@@ -42,12 +42,13 @@ class ParallelShardsConfig:
     """Settings.
 
     `threads` chunks are read at a time; "auto" goes by the storage. `max_host_bytes` bounds staging
-    memory and what is read ahead of a consumer that streams, together. `direct` says whether to read
+    memory and what is read ahead of a consumer that streams, together; "auto" is 256 MiB, and 512 MiB
+    of pinned memory to feed a GPU. `direct` says whether to read
     past the page cache: "auto" where that works and the bytes are not cached; "always"; or "never".
     """
 
     threads: int | Literal["auto"] = attrs.field(default="auto", validator=_positive)
-    max_host_bytes: int = attrs.field(default=256 << 20, validator=_enough)
+    max_host_bytes: int | Literal["auto"] = attrs.field(default="auto", validator=_enough)
     direct: Literal["auto", "always", "never"] = attrs.field(
         default="auto", validator=attrs.validators.in_(("auto", "always", "never"))
     )
@@ -106,9 +107,9 @@ class ParallelShardsPlugin(ProviderPlugin[ParallelShardsConfig]):
         return find(request.checkpoint, request.engine.component, request.is_pipeline)
 
     def _tuning(self, found: CheckpointFiles, request: LoadRequest, *, cuda: bool | None = None) -> Tuning:
-        threads = self.config.threads
+        threads, limit = self.config.threads, self.config.max_host_bytes
         return tune(
-            self.config.max_host_bytes,
+            None if limit == "auto" else limit,
             threads=None if threads == "auto" else threads,
             direct=self.config.direct,
             remote=file_system(found.root) in NETWORK,

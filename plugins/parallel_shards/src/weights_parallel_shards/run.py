@@ -128,6 +128,8 @@ class Run(Generic[T]):
         while working:
             if os.getpid() != self._pid:
                 raise CheckpointError("is being read by the process that this one was forked from")
+            while self._ready.empty() and self._lanes[0].settle():
+                pass  # readers may be waiting for what this frees
             reads = [self._ready.get()]
             while not self._ready.empty():
                 reads.append(self._ready.get())

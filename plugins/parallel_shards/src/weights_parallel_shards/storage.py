@@ -13,7 +13,7 @@ import attrs
 
 from weights_core.errors import CheckpointError
 from weights_core.files import File
-from weights_parallel_shards.tuning import ALIGNMENT, Direct
+from weights_parallel_shards.tuning import ALIGNMENT, REGION, Direct
 
 Segments: TypeAlias = list[tuple[int, int]]
 """Where bytes go: an address and a length each, one after the other in the file."""
@@ -24,7 +24,7 @@ _MEMORY = memoryview((ctypes.c_char * (1 << 56)).from_address(0)).cast("B")
 _CACHESTAT = 451
 """The number of the system call, on every architecture but Alpha; Linux 6.5 and later."""
 
-_LIBC = ctypes.PyDLL(None)  # keeps the interpreter: the call is shorter than getting it back
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def memory(address: int, size: int) -> memoryview:
@@ -65,6 +65,7 @@ class Storage:
         self.file = file
         self._direct = direct
         self._fds: dict[int, int | None] = {}
+        self._cached: dict[int, bool | None] = {}
         self._refused = False
 
     def way(self, begin: int, end: int) -> Way:
@@ -80,8 +81,7 @@ class Storage:
         fd = self.file.fileno()
         if self._direct == "never":
             return Way(fd)
-        middle = (begin + end) // 2
-        cached = False if self._direct == "always" else self._is_cached(middle)
+        cached = False if self._direct == "always" else self._region_is_cached(begin, end)
         if cached:
             return Way(fd)
         direct = None if self._refused else self._open(os.O_DIRECT)
@@ -128,6 +128,13 @@ class Storage:
             _, fd = self._fds.popitem()
             if fd is not None:
                 os.close(fd)
+
+    def _region_is_cached(self, begin: int, end: int) -> bool | None:
+        """Ask for the first chunk of each region, and take the answer for the others."""
+        region = begin // REGION
+        if region not in self._cached:
+            self._cached[region] = self._is_cached((begin + end) // 2)
+        return self._cached[region]
 
     def _is_cached(self, offset: int) -> bool | None:
         """Return whether a byte's page is in the page cache, or None if that can't be known.

@@ -24,13 +24,19 @@ BUFFERS = 500
 SPARE = 128 << 10
 """Bytes of staging memory beyond a chunk: the edges of aligned reads, and of their parts."""
 
+REGION = 64 << 20
+"""Bytes of a file that are taken to be cached, or not, together: to ask costs up to 80 µs."""
+
 CHUNK = 8 << 20
 SMALLEST_CHUNK = 256 << 10
 LEAST = 1 << 20
 """The smallest `max_host_bytes`: one reader, the smallest chunk, and room to read ahead."""
 
+HOST_BYTES, HOST_BYTES_CUDA = 256 << 20, 512 << 20
+"""What `max_host_bytes` is by default."""
+
 READERS_LOCAL, READERS_REMOTE = 8, 16
-READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 12, 2, 8 << 20
+READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 14, 2, 16 << 20
 
 
 @attrs.frozen(kw_only=True)
@@ -54,13 +60,13 @@ class Tuning:
         return self.chunk + SPARE
 
 
-def tune(limit: int, *, threads: int | None, direct: Direct, remote: bool, cuda: bool) -> Tuning:
+def tune(limit: int | None, *, threads: int | None, direct: Direct, remote: bool, cuda: bool) -> Tuning:
     """Fit readers and chunks into `limit` bytes: staging takes a half at most, the window the rest.
 
     For a GPU, to which nothing is read ahead, staging may take all.
 
     Args:
-        limit: bytes of host memory, `LEAST` or more.
+        limit: bytes of host memory, `LEAST` or more; None for what reads fastest.
         threads: readers; None lets the storage decide.
         direct: see the plugin's settings.
         remote: whether the files come over a network, whose latency more readers hide.
@@ -68,6 +74,8 @@ def tune(limit: int, *, threads: int | None, direct: Direct, remote: bool, cuda:
     """
     chunk, slots = (CHUNK_CUDA, SLOTS_CUDA) if cuda else (CHUNK, 1)
     readers = threads or (READERS_CUDA if cuda else READERS_REMOTE if remote else READERS_LOCAL)
+    if limit is None:
+        limit = HOST_BYTES_CUDA if cuda else HOST_BYTES
     room = limit if cuda else limit // 2
     while readers * slots * (chunk + SPARE) > room and chunk > SMALLEST_CHUNK:
         chunk //= 2
