@@ -191,7 +191,7 @@ print(claim.fit.name, "torch" in sys.modules, threading.active_count())
 
 def test_settings_by_default():
     config = ParallelShardsConfig()
-    assert (config.threads, config.max_host_bytes, config.direct) == ("auto", 256 << 20, "auto")
+    assert (config.threads, config.max_host_bytes, config.direct) == ("auto", "auto", "auto")
 
 
 @pytest.mark.parametrize(
