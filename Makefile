@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-DISTS  := core plugins/parallel_shards
+DISTS  := core plugins/parallel_shards plugins/gms
 READY  := $(VENV)/.ready
 
 export HF_HUB_OFFLINE := 1

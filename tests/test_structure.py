@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "weights_core": ROOT / "core/src/weights_core",
     "weights_parallel_shards": ROOT / "plugins/parallel_shards/src/weights_parallel_shards",
+    "weights_gms": ROOT / "plugins/gms/src/weights_gms",
 }
 SOURCES = sorted(
     p
@@ -101,7 +102,7 @@ def test_the_core_knows_no_plugin_and_no_engine_by_name():
                 assert not any(name in text.lower() for name in names), (path.name, text)
 
 
-@pytest.mark.parametrize("module", ["weights_core", "weights_core.cli", "weights_parallel_shards.plugin"])
+@pytest.mark.parametrize("module", ["weights_core", "weights_core.cli", "weights_parallel_shards.plugin", "weights_gms.plugin"])
 def test_importing_loads_no_torch_and_installs_no_handler(module):
     code = (
         f"import sys, logging; import {module}; assert 'torch' not in sys.modules; "

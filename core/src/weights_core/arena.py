@@ -177,6 +177,14 @@ class ArenaWriter:
         """
         return self._region(meta.nbytes).view(dtypes.to_torch(meta.dtype)).reshape(meta.torch_shape)
 
+    def outside(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, int]:
+        """Return the storages that `move` would move, by address, and the bytes of each."""
+        return {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors.values()
+            if not tensor.is_meta and tensor.numel() and self._find(tensor) is None
+        }
+
     def move(self, tensors: Mapping[str, torch.Tensor], moved: Callable[[], None] = lambda: None) -> int:
         """Move what lies elsewhere into the arena; return the bytes moved.
 
