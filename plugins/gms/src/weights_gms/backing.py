@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weights_core.arena import ArenaWriter, Segment
+from weights_core.arena import Segment
 from weights_core.errors import EngineError
 from weights_core.memory import HostSegment, check_room
 
 if TYPE_CHECKING:
-    import torch
-
     from weights_core import EngineInfo
 
 
@@ -38,10 +35,10 @@ class Backing(abc.ABC):
         """Refuse to fill memory that is not there."""
         check_room(nbytes)
 
-    def moved(self) -> None:
+    def moved(self) -> None:  # noqa: B027 - the host has nothing to do
         """Give back what a storage that was moved has left."""
 
-    def written(self) -> None:
+    def written(self) -> None:  # noqa: B027
         """Wait until all that was written has arrived."""
 
     @abc.abstractmethod

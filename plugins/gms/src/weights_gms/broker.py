@@ -444,7 +444,7 @@ def serve(
     if allowed:
         os.chmod(name, 0o666, dir_fd=folder)
     listening.listen(1024)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     broker = Broker(
         listening,
@@ -469,7 +469,7 @@ def serve(
         os.close(lock)
 
 
-def _life_lock(folder: int, seconds: float = 5.0) -> int:
+def _life_lock(folder: int, seconds: float = 2.0) -> int:
     """Return the lock that only a living broker of this place holds."""
     lock = os.open(
         place.LIFE_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder

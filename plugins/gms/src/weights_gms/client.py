@@ -211,7 +211,7 @@ class Lease:
             while not self.closed:
                 try:
                     sock, serving = _reseed(self._endpoint, self._held, self._manifest, self._pieces)
-                except (VaultError, _HungUp) as exc:
+                except VaultError as exc:
                     log.debug("cannot come back to a broker yet: %s", exc)
                     self._closing.wait(wait)
                     wait = min(2 * wait, _AGAIN[1])
@@ -447,16 +447,28 @@ def _start(endpoint: Endpoint) -> None:
 def _reseed(
     endpoint: Endpoint, held: Mapping[str, Any], manifest: int, pieces: Sequence[Piece]
 ) -> tuple[socket.socket, bool]:
-    sock = connect(endpoint, time.monotonic() + _SLACK)
-    try:
-        fds = [manifest, *(piece.descriptor for piece in pieces)]
-        reply, came = exchange(sock, {"op": "reseed", **held}, fds, until=time.monotonic() + _SLACK)
-    except BaseException:
-        sock.close()
-        raise
-    for fd in came:
-        os.close(fd)
-    return sock, bool(reply["serving"])
+    """Bring back to a new broker what is held; return the connection, and whether it serves that.
+
+    Raises:
+        VaultError: there is no new broker, or it refuses.
+    """
+    end = time.monotonic() + _SLACK
+    fds = [manifest, *(piece.descriptor for piece in pieces)]
+    while True:
+        sock = connect(endpoint, end)
+        try:
+            reply, came = exchange(sock, {"op": "reseed", **held}, fds, until=end)
+        except _HungUp:
+            sock.close()  # the old one, which took connections to its last moment
+            if time.monotonic() >= end:
+                raise VaultError(f"the broker at {endpoint.socket} hung up, again and again") from None
+            continue
+        except BaseException:
+            sock.close()
+            raise
+        for fd in came:
+            os.close(fd)
+        return sock, bool(reply["serving"])
 
 
 def _sealed(raw: bytes) -> int:

@@ -7,12 +7,12 @@ import abc
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from weights_core import Identity, Layout, PublishReceipt, WeightSet, WeightSetWrapper
-from weights_core.arena import ArenaSet, ArenaWriter, Manifest
+from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment
 from weights_core.checkpoint import find
 from weights_core.digest import content_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
@@ -21,10 +21,11 @@ from weights_gms.backing import Backing, backing_for
 from weights_gms.client import Ask, Endpoint, Grant, Lease, commit, keep, open_slot, read_manifest
 
 if TYPE_CHECKING:
-    import torch
-
     from weights_core import Engine, EngineInfo, LoadRequest, Source
     from weights_gms.plugin import GmsConfig
+
+_Rank = tuple[str, str, dict[str, Any], str]
+"""Group, slot, identity, and why there is none: what the ranks of an engine tell one another."""
 
 log = logging.getLogger("weights.gms")
 
@@ -94,21 +95,21 @@ class VaultOwner(Owner):
         info, engine = self._request.engine, self._engine
         assert engine is not None
         error: WeightsError | None = None
-        mine: tuple[Any, ...] = ()
+        identity, found = None, ""
         try:
             digest, found = self._digest()
             identity = Identity.of(info, digest, self._layout)
             slot = slot_name(self._config.tag, self._backing.device, info)
-            mine = (uuid.uuid4().hex, slot, plain(identity), "")
+            mine: _Rank = (uuid.uuid4().hex, slot, plain(identity), "")
         except WeightsError as exc:
             error = exc
             mine = ("", "", {}, str(exc))
         world = info.topology.world
-        everyone = [mine]
+        everyone: Sequence[Any] = [mine]
         if world.size > 1:
-            everyone = [tuple(theirs) for theirs in engine.gather(mine, self._request.timeout)]  # type: ignore[arg-type]
-        if error is not None:
-            raise error
+            everyone = engine.gather(mine, self._request.timeout)
+        if error is not None or identity is None:
+            raise error or LoadError("no identity")
         for rank, theirs in enumerate(everyone):
             if theirs[3]:
                 raise LoadError(f"rank {rank} cannot ask for its slot: {theirs[3]}")
@@ -136,10 +137,11 @@ class VaultOwner(Owner):
         if manifest.layout is not self._layout or len(manifest.sizes) != len(grant.fds) - 1:
             raise LoadError("the broker handed over something else than its manifest says")
         private = self._request.engine.post_load_writes is not None and self._layout is Layout.SHARDED
-        pieces = []
+        pieces: list[Segment] = []
         try:
             for size in manifest.sizes:
-                pieces.append(self._backing.attach(grant.fds.pop(1), size, private=private))
+                piece = self._backing.attach(grant.fds.pop(1), size, private=private)
+                pieces.append(piece)
             where = f"slot {grant.reply['slot']}, generation {grant.reply['number']}, of {grant.broker}"
             lease = keep(grant, pieces)
         except BaseException:
@@ -187,7 +189,7 @@ class VaultOwner(Owner):
     def _notes(self, what: str, shared: int, found: str, *, private: bool) -> tuple[str, ...]:
         own = self._backing.private_bytes() if private else 0
         return (
-            f"gms: {what}; {shared / 1e6:,.1f} MB shared, {own / 1e6:,.1f} MB of it copied for this engine alone",
+            f"gms: {what}; {shared / 1e6:,.1f} MB shared, {own / 1e6:,.1f} MB of it copied for this engine",
             f"gms: the weights' digest is {found}",
         )
 

@@ -7,6 +7,7 @@ that descriptor: what was checked is what is used, and the length of the path do
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 
@@ -49,10 +50,8 @@ def open_folder(folder: str, *, owners: Collection[int], create: bool = False, p
     """
     try:
         if create:
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(folder, 0o700)
-            except FileExistsError:
-                pass
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise

@@ -81,8 +81,7 @@ class GmsPlugin(ProviderPlugin[GmsConfig]):
             shares = ", ".join(sorted(one.value for one in info.shareable)) or "nothing"
             accepts = ", ".join(sorted(one.value for one in info.accepts))
             return FormatClaim.refuse(
-                f"engine {info.name} shares {shares} and accepts {accepts}: no layout is both, so its weights "
-                "cannot be shared"
+                f"engine {info.name} shares {shares} and accepts {accepts}: no layout is both"
             )
         reason = f"one copy of the {layout.value} weights per node, mode {self.config.mode}"
         layouts = {layout, Layout.CHECKPOINT}

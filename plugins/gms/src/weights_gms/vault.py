@@ -152,6 +152,8 @@ class Vault:
         """
         if client in self.waiting or client in self.writing or client in self.reading:
             raise Misuse("asked twice")
+        if len({slot for slot, _ in asked.members}) < len(asked.members):
+            raise Misuse("two ranks ask for one slot")
         group = self.groups.setdefault(asked.key, asked)
         if rank in group.clients or not 0 <= rank < len(group.members) or not group.same_terms(asked):
             raise Misuse("the ranks of one engine must each ask once, and for the same")
@@ -254,12 +256,17 @@ class Vault:
 
     def _settle(self, now: float) -> list[Event]:
         """Grant or refuse every complete group that can be, in the order they came."""
-        for slot in self.slots.values():
-            slot.withheld = False
         events: list[Event] = []
-        for group in list(self.groups.values()):
-            if len(group.clients) == len(group.members):
-                events += self._decide(group, now)
+        while True:  # what is granted to one may be what another waited for
+            for slot in self.slots.values():
+                slot.withheld = False
+            decided: list[Event] = []
+            for group in list(self.groups.values()):
+                if len(group.clients) == len(group.members):
+                    decided += self._decide(group, now)
+            if not decided:
+                break
+            events += decided
         for name in [name for name, slot in self.slots.items() if slot.empty]:
             del self.slots[name]
         return events
