@@ -102,7 +102,10 @@ def test_the_core_knows_no_plugin_and_no_engine_by_name():
                 assert not any(name in text.lower() for name in names), (path.name, text)
 
 
-@pytest.mark.parametrize("module", ["weights_core", "weights_core.cli", "weights_parallel_shards.plugin", "weights_gms.plugin"])
+@pytest.mark.parametrize(
+    "module",
+    ["weights_core", "weights_core.cli", "weights_parallel_shards.plugin", "weights_gms.plugin"],
+)
 def test_importing_loads_no_torch_and_installs_no_handler(module):
     code = (
         f"import sys, logging; import {module}; assert 'torch' not in sys.modules; "

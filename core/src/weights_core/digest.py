@@ -170,7 +170,7 @@ def _read_sidecar(found: CheckpointFiles) -> dict[Path, str]:
         size = file.stat().st_size
         if entry.get("bytes") != size:
             raise CheckpointError(
-                f"is of other files: {file.name} has {size} bytes, it says {entry.get('bytes')}; write it anew",
+                f"is of other files: {file.name} has {size} bytes, it says {entry.get('bytes')}",
                 file=path,
             )
         said[file] = entry["digest"]

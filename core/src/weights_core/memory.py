@@ -202,8 +202,8 @@ def check_room(nbytes: int) -> None:
     room = memory_available()
     if nbytes + _SPARE > room:
         raise ArenaError(
-            f"{nbytes / 1e9:,.2f} GB of host memory are needed, and {room / 1e9:,.2f} GB are available to this "
-            "process (MemAvailable and its control groups)"
+            f"{nbytes / 1e9:,.2f} GB of host memory are needed, and {room / 1e9:,.2f} GB are available "
+            "(MemAvailable, and the limits of control groups)"
         )
 
 

@@ -170,10 +170,8 @@ def test_descriptors_where_none_are_due_are_closed(raw, where, endpoint, peers, 
 def test_a_flood_of_descriptors_is_refused(raw, where, endpoint, peers):
     before = fds_of(where)
     sock = raw()
-    with pytest.raises(OSError):
-        for _ in range(50):
-            send_fds(sock, b"\0", 250)
-            time.sleep(0.005)
+    with pytest.raises(OSError, match=r"Broken pipe|reset"):
+        until(lambda: send_fds(sock, b"\0", 250))
     sock.close()
     until(lambda: fds_of(where) == before)
     is_unharmed(endpoint, peers)
@@ -192,9 +190,8 @@ def test_memory_that_is_none_is_refused(raw, where, endpoint, peers):
 def test_a_client_that_reads_nothing_is_dropped_and_others_are_served(raw, endpoint, peers):
     greedy = raw()
     greedy.settimeout(0.2)
-    with pytest.raises(OSError):
-        for _ in range(200_000):
-            greedy.sendall(STATUS * 50)
+    with pytest.raises(OSError, match=r"Broken pipe|reset|timed out"):
+        until(lambda: greedy.sendall(STATUS * 50))
     is_unharmed(endpoint, peers)
 
 
@@ -223,7 +220,11 @@ def test_with_no_descriptor_left_the_broker_turns_away_and_goes_on(raw, where, e
         except OSError:
             continue
     time.sleep(0.1)
-    ticks = lambda: sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+
+    def ticks():
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])
+
     spent = ticks()
     time.sleep(0.3)
     assert ticks() - spent < 20  # hundredths of a second: it does not spin
@@ -251,6 +252,7 @@ def in_thread(path, **options):
         with socket.socket(socket.AF_UNIX) as knock:
             knock.connect(path)
         thread.join()
+        made.close()
         listening.close()
 
     return stop
@@ -284,7 +286,11 @@ def test_another_user_is_told_so(tmp_path):
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(path)
-            assert told(sock) == {"v": 1, "error": "refused", "why": f"user {os.geteuid()} is not allowed here"}
+            assert told(sock) == {
+                "v": 1,
+                "error": "refused",
+                "why": f"user {os.geteuid()} is not allowed here",
+            }
             assert hung_up(sock)
     finally:
         stop()
@@ -372,9 +378,9 @@ def test_a_wide_open_folder_is_refused_by_both_sides(tmp_path):
         folder.chmod(mode)
         with pytest.raises(place.PlaceError, match=f"can be {who} by others"):
             broker.serve(str(folder / "broker.sock"))
-    with pytest.raises(VaultError, match="can be written by others; chmod 700 it: refused"):
+    with pytest.raises(VaultError, match=r"can be written by others; chmod 700 it: refused"):
         client.connect(Endpoint(str(tmp_path / "777/broker.sock")), 0)
-    with pytest.raises(VaultError, match="cannot be started.*can be entered by others"):
+    with pytest.raises(VaultError, match=r"cannot be started.*can be entered by others"):
         client.connect(Endpoint(str(tmp_path / "755/broker.sock")), 0)
     assert not list(tmp_path.rglob("*.sock"))
 
@@ -384,7 +390,7 @@ def test_somebody_elses_folder_and_broker_are_refused(tmp_path, where, served):
     with pytest.raises(VaultError, match=f"belongs to user {os.geteuid()}: refused"):
         client.connect(Endpoint(where, False, stranger), 0)
     folder = os.open(os.path.dirname(where), os.O_RDONLY)
-    with pytest.raises(place.PlaceError, match="broker.sock belongs to user"):
+    with pytest.raises(place.PlaceError, match=r"broker.sock belongs to user"):
         place.check_socket(folder, "broker.sock", stranger)
     os.close(folder)
 
@@ -393,10 +399,10 @@ def test_links_are_refused(tmp_path, where, served):
     real = tmp_path / "real"
     real.mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(real)
-    with pytest.raises(VaultError, match="link is a link or no folder: refused"):
+    with pytest.raises(VaultError, match=r"link is a link or no folder: refused"):
         client.connect(Endpoint(str(tmp_path / "link/broker.sock")), 0)
     (real / "broker.sock").symlink_to(where)
-    with pytest.raises(VaultError, match="broker.sock is a link or a file, not a socket: refused"):
+    with pytest.raises(VaultError, match=r"broker.sock is a link or a file, not a socket: refused"):
         client.connect(Endpoint(str(real / "broker.sock")), 0)
     with pytest.raises(place.PlaceError, match="is a link or a file"):
         broker.serve(str(real / "broker.sock"))
@@ -421,7 +427,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_and_no_hang(tmp_path):
     with pytest.raises(VaultError, match="cannot be reached: No such file or directory"):
         client.connect(Endpoint(str(tmp_path / "no/such/broker.sock")), 0)
     (tmp_path / "file").touch()
-    with pytest.raises(VaultError, match="Not a directory|link or no folder"):
+    with pytest.raises(VaultError, match=r"Not a directory|link or no folder"):
         client.connect(Endpoint(str(tmp_path / "file/broker.sock")), 0)
 
 
@@ -478,8 +484,16 @@ ASK = {"members": [("s", {"digest": "a"})], "rank": 0, "group": "g", "timeout": 
 @pytest.mark.parametrize(
     ("mode", "answers", "says"),
     [
-        ("ro", [wire.pack({"ok": "write", "slot": "s", "number": 1})], "asked for mode 'ro', the broker granted 'write'"),
-        ("rw", [wire.pack({"ok": "read", "slot": "s", "number": 1})], "asked for mode 'rw', the broker granted 'read'"),
+        (
+            "ro",
+            [wire.pack({"ok": "write", "slot": "s", "number": 1})],
+            "asked for mode 'ro', the broker granted 'write'",
+        ),
+        (
+            "rw",
+            [wire.pack({"ok": "read", "slot": "s", "number": 1})],
+            "asked for mode 'rw', the broker granted 'read'",
+        ),
         ("auto", [wire.pack({"v": 9})], "speaks version 9"),
         ("auto", [b"\xff" * 8], "at most"),
         ("auto", [], "hung up, again and again"),

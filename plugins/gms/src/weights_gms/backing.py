@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,8 @@ class Backing(abc.ABC):
         """Wait until all that was written has arrived."""
 
     @abc.abstractmethod
-    def private_bytes(self) -> int:
-        """Return how much of shared memory this process has replaced by copies of its own."""
+    def private_bytes(self, segments: Sequence[Segment]) -> int:
+        """Return how much of `segments` this process has replaced by copies of its own."""
 
 
 class HostBacking(Backing):
@@ -60,12 +61,14 @@ class HostBacking(Backing):
         """Map a sealed memfd."""
         return HostSegment.attach(descriptor, nbytes, "private" if private else "read")
 
-    def private_bytes(self) -> int:
-        """Add up the dirty pages of private mappings of memfds."""
+    def private_bytes(self, segments: Sequence[Segment]) -> int:
+        """Add up the dirty pages of the mappings."""
+        addresses = {segment.address for segment in segments}
         total, ours = 0, False
         for line in Path("/proc/self/smaps").read_text().splitlines():
-            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-                ours = "memfd:weights" in line and line.split()[1].endswith("p")
+            start = re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line)
+            if start is not None:
+                ours = int(start[1], 16) in addresses
             elif ours and line.startswith("Private_Dirty:"):
                 total += int(line.split()[1]) * 1024
         return total

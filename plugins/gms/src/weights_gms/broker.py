@@ -111,6 +111,13 @@ class Broker:
             elif self._idle is not None and now - self._idle_since >= self._idle:
                 return
 
+    def close(self) -> None:
+        """Hang up on everyone and let go of all that is held."""
+        for client in list(self._clients.values()):
+            self._drop(client)
+        self._poll.close()
+        os.close(self._spare)
+
     def stop(self) -> None:
         """End `run` after what it does now."""
         self.stopping = True
@@ -464,6 +471,7 @@ def serve(
     try:
         broker.run()
     finally:
+        broker.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=folder)  # whoever connected meanwhile is hung up on, and comes again
         os.close(lock)

@@ -150,7 +150,7 @@ class VaultOwner(Owner):
             raise
 
         def notes() -> tuple[str, ...]:
-            return self._notes(f"read {where}", manifest.nbytes, found, private=private)
+            return self._notes(f"read {where}", manifest.nbytes, found, pieces if private else ())
 
         return ArenaSet(manifest, pieces, provider="gms", notes=notes, on_close=lease.close)
 
@@ -172,7 +172,7 @@ class VaultOwner(Owner):
         where = f"slot {grant.reply['slot']}, generation {grant.reply['number']}, of {grant.broker}"
 
         def notes() -> tuple[str, ...]:
-            return self._notes(f"wrote {where}", writer.nbytes, found, private=private)
+            return self._notes(f"wrote {where}", writer.nbytes, found, writer.segments if private else ())
 
         held = {
             "identity": plain(identity),
@@ -186,8 +186,8 @@ class VaultOwner(Owner):
         self._written = WritingSet(inner, grant, writer, held, self._backing, notes, where)
         return self._written
 
-    def _notes(self, what: str, shared: int, found: str, *, private: bool) -> tuple[str, ...]:
-        own = self._backing.private_bytes() if private else 0
+    def _notes(self, what: str, shared: int, found: str, private: Sequence[Segment]) -> tuple[str, ...]:
+        own = self._backing.private_bytes(private) if private else 0
         return (
             f"gms: {what}; {shared / 1e6:,.1f} MB shared, {own / 1e6:,.1f} MB of it copied for this engine",
             f"gms: the weights' digest is {found}",
