@@ -9,6 +9,7 @@ tensor lies, and two names may lie at one place.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -68,13 +69,15 @@ class Place:
     segment: int
     offset: int
 
-    @property
+    @functools.cached_property
     def span(self) -> int:
         """Bytes from the first element to the end of the last."""
         if 0 in self.shape:
             return 0
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        return (last + 1) * (dtypes.BITS[self.dtype] * (2 if self.dtype == "F4" else 1)) // 8
+        last = 1
+        for size, stride in zip(self.shape, self.strides, strict=True):
+            last += (size - 1) * stride
+        return last * (8 if self.dtype == "F4" else dtypes.BITS[self.dtype]) // 8
 
     @property
     def meta(self) -> TensorMeta:
@@ -375,9 +378,9 @@ def _place(row: Sequence[Any], sizes: Sequence[int]) -> Place:
     name, dtype, shape, strides, segment, offset = row
     if type(name) is not str or dtype not in dtypes.BITS or len(shape) != len(strides):
         raise ValueError(f"{row[:2]!r} is no tensor")
-    place = Place(
-        name, dtype, tuple(map(_count, shape)), tuple(map(_count, strides)), _count(segment), _count(offset)
-    )
+    for number in (segment, offset, *shape, *strides):
+        _count(number)
+    place = Place(name, dtype, tuple(shape), tuple(strides), segment, offset)
     if segment >= len(sizes) or offset + place.span > sizes[segment]:
         raise ArenaError(f"tensor {name!r} does not lie within the shared memory")
     if offset % max(1, dtypes.BITS[dtype] // 8):

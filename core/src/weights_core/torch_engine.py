@@ -161,10 +161,9 @@ class TorchEngine(Engine):
         if unexpected:
             raise CoverageError(f"unexpected {coverage.listed(unexpected)}", unexpected=unexpected)
         self._check_fit(tensors, ties, metas, may_cast=False)
+        firsts = {next(name for name in group if name in metas): group for group in ties}
         given = {
-            id(tensors[name]): weights[next(n for n in group if n in metas)]
-            for group in ties
-            for name in group
+            id(tensors[name]): tensor for first, tensor in weights.stream(firsts) for name in firsts[first]
         }
         for group in ties:
             first, *others = [name for name in group if name in metas]
