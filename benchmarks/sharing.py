@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -29,18 +30,19 @@ from weights_core.digest import content_digest
 from weights_core.testing import write_checkpoint
 from weights_gms import client
 
+T = TypeVar("T")
 TENSORS, WIDTH, ROWS = 300, 1024, 3584  # 2.05 GiB of bf16
 RUNS = 7
 READERS = 8
 
 ATTACHING = """
-import sys, time, os
+import json, sys, time, os
 sys.path.append(sys.argv[1])
 from weights_gms import wire
 import socket
 end, count = time.monotonic() + 3.0, 0
-message = wire.pack({"op": "open", "members": [[sys.argv[3], __import__("json").loads(sys.argv[4])]], "rank": 0,
-                     "mode": "ro", "replace": "keep", "keep": 0, "timeout": 9, "group": str(os.getpid())})
+message = wire.pack({"op": "open", "members": [[sys.argv[3], json.loads(sys.argv[4])]], "rank": 0, "mode": "ro",
+                     "replace": "keep", "keep": 0, "timeout": 9, "group": str(os.getpid())})
 while time.monotonic() < end:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(sys.argv[2])
@@ -59,7 +61,9 @@ print(count)
 def model() -> nn.Module:
     """Return the model on meta."""
     with torch.device("meta"):
-        return nn.ParameterList(nn.Parameter(torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)) for _ in range(TENSORS))
+        return nn.ParameterList(
+            nn.Parameter(torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)) for _ in range(TENSORS)
+        )
 
 
 def main() -> None:
@@ -77,7 +81,9 @@ def main() -> None:
         broker_alone(Path(folder) / "alone" / "broker.sock")
         time.sleep(0.2)
         first = content_digest(find(path))
-        print(f"digest, first time: {first.seconds:.2f} s; {timed(lambda: content_digest(find(path)))[0] * 1e3:.2f} ms")
+        print(
+            f"digest, first time: {first.seconds:.2f} s; {timed(lambda: content_digest(find(path)))[0] * 1e3:.2f} ms"
+        )
         compare(path, settings)
         further_readers(path, settings)
 
@@ -94,7 +100,9 @@ def compare(path: Path, settings: dict[str, dict[str, object]]) -> None:
     """Load from disk and attach, in turn, and compare the time and every bit."""
     into = model()
     wrote, report = timed(lambda: w.load(w.TorchEngine(into), path, "gms", settings))
-    print(f"writer's load {wrote:.3f} s: " + ", ".join(f"{p.name} {p.seconds:.3f}" for p in report.phases[:4]))
+    print(
+        f"writer's load {wrote:.3f} s: " + ", ".join(f"{p.name} {p.seconds:.3f}" for p in report.phases[:4])
+    )
     disk, attach, phases = [], [], []
     for run in range(RUNS):
         one, other = model(), model()
@@ -109,7 +117,9 @@ def compare(path: Path, settings: dict[str, dict[str, object]]) -> None:
     median, share = statistics.median(attach), statistics.median(attach) / statistics.median(disk)
     spent = {n: statistics.median(p.get(n, 0.0) for p in phases) * 1e3 for n in phases[0]}
     told = ", ".join(f"{name} {ms:.1f}" for name, ms in spent.items() if ms > 0.05)
-    print(f"warm disk load {statistics.median(disk):.3f} s, attach {median * 1e3:.1f} ms: {share:.2%} (bar 1 %)")
+    print(
+        f"warm disk load {statistics.median(disk):.3f} s, attach {median * 1e3:.1f} ms: {share:.2%} (bar 1 %)"
+    )
     print(f"attach by phase, ms: {told}")
     report.lease.close()
 
@@ -121,15 +131,14 @@ def further_readers(path: Path, settings: dict[str, dict[str, object]]) -> None:
     where = str(settings["gms"]["socket_path"])
     command = [sys.executable, __file__, "--reader", str(path), where]
     readers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(READERS)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(READERS)
     ]
     size = sum(p.nbytes for p in into.parameters())
     for reader in readers:
         assert reader.stdout is not None
         reader.stdout.readline()
-    own = []
-    for reader in readers:
-        own.append(private_bytes(reader.pid))
+    own = [private_bytes(reader.pid) for reader in readers]
     print(f"{READERS} readers' own pages of the arenas: at most {max(own) / size:.3%} of the model (bar 1 %)")
     found = client.ask_once(client.Endpoint(where), {"op": "status"})
     assert found is not None
@@ -181,7 +190,7 @@ def started(where: Path) -> Iterator[float]:
     time.sleep(0.02)
 
 
-def timed(step):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - returns what `step` does
+def timed(step: Callable[[], T]) -> tuple[float, T]:
     """Return the seconds that `step` takes, and what it returns."""
     start = time.perf_counter()
     result = step()

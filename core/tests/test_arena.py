@@ -4,6 +4,7 @@
 import gc
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -111,16 +112,18 @@ def test_moving_frees_each_original_as_it_goes():
 
     tensors = {str(i): torch.full((100,), float(i)) for i in range(5)}
     alive = []
-    import weakref
-
     for t in tensors.values():
         t.untyped_storage().mark = Watched()
     refs = [weakref.ref(t.untyped_storage()) for t in tensors.values()]
-    writer = ArenaWriter(HostSegment.create, 0)
-    writer.move(tensors, lambda: alive.append(sum(r() is not None for r in refs)))
-    gc.collect()
-    assert alive == sorted(alive, reverse=True)
-    assert len(alive) == 5
+
+    def create(nbytes):
+        gc.collect()
+        alive.append(sum(r() is not None for r in refs))
+        return HostSegment.create(nbytes)
+
+    writer = ArenaWriter(create, 0)  # each tensor gets a segment of its own
+    writer.move(tensors)
+    assert alive == [5, 4, 3, 2, 1]
 
 
 def test_a_tensor_larger_than_a_segment_and_many_segments(monkeypatch):

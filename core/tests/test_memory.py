@@ -167,6 +167,24 @@ def test_memory_that_is_not_sealed_or_too_small_is_refused_and_closed(tmp_path):
     assert descriptors() == before + 1  # the other end of the pipe
 
 
+def test_sleep_keeps_the_addresses_and_wake_brings_the_bytes_back():
+    segment = filled()
+    with pytest.raises(ArenaError, match="being filled"):
+        segment.sleep()
+    segment.seal(SIZE)
+    tensor, other = segment.tensor(8, 4), filled(9)
+    other.seal(SIZE)
+    again = os.dup(segment.descriptor)
+    segment.sleep()
+    assert exit_of(lambda: tensor.sum().item() and 0) == -signal.SIGSEGV
+    with pytest.raises(ArenaError, match="could still be changed"):
+        segment.wake(os.open(os.devnull, os.O_RDONLY), SIZE)
+    segment.wake(again, SIZE)
+    assert torch.all(tensor == 7)
+    segment.close()
+    assert torch.all(tensor == 7)
+
+
 def test_bytes_outside_are_refused():
     segment = filled()
     for offset, nbytes in ((-1, 4), (0, 1 << 20), (1 << 20, 0)):

@@ -49,8 +49,20 @@ class Segment(Protocol):
         """Return bytes as a flat uint8 tensor that keeps the memory mapped."""
         ...
 
+    def fitted(self, used: int) -> int:
+        """Return the bytes it has when it is sealed with `used` bytes in it."""
+        ...
+
     def seal(self, nbytes: int) -> None:
         """Cut to `nbytes` and make it read-only, under the tensors that live there."""
+        ...
+
+    def sleep(self) -> None:
+        """Give up the memory and the descriptor; the addresses are kept, and must not be touched."""
+        ...
+
+    def wake(self, descriptor: int, nbytes: int) -> None:
+        """Map the memory of `descriptor` at the addresses that were kept; takes over the descriptor."""
         ...
 
     def close(self) -> None:
@@ -188,16 +200,12 @@ class ArenaWriter:
             if not tensor.is_meta and tensor.numel() and self._find(tensor) is None
         }
 
-    def move(self, tensors: Mapping[str, torch.Tensor], moved: Callable[[], None] = lambda: None) -> int:
+    def move(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Move what lies elsewhere into the arena; return the bytes moved.
 
         The tensors stay the objects they are; their memory is copied and then theirs no more, one
         storage at a time, so the peak is one storage above the model. What shares a storage goes
         on sharing.
-
-        Args:
-            tensors: by name.
-            moved: called after each storage, e.g. to give a device's memory back.
 
         Raises:
             ArenaError: a tensor has no memory or cannot be moved, or there is no room.
@@ -224,7 +232,6 @@ class ArenaWriter:
             base, group = by_storage.popitem()
             total += self._move_storage(base, group)
             del group
-            moved()
         return total
 
     def manifest(self, tensors: Mapping[str, torch.Tensor], layout: Layout) -> Manifest:
@@ -249,7 +256,8 @@ class ArenaWriter:
                     f"tensor {name!r} has dtype {tensor.dtype}, which cannot be shared"
                 ) from None
             places[name] = Place(name, dtype, tuple(tensor.shape), tuple(tensor.stride()), *at)
-        return Manifest(layout, tuple(self._used), places)
+        sizes = tuple(s.fitted(used) for s, used in zip(self._segments, self._used, strict=True))
+        return Manifest(layout, sizes, places)
 
     def seal(self) -> None:
         """Make all of it read-only.

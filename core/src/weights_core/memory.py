@@ -34,8 +34,8 @@ Access = Literal["read", "private", "write"]
 _ADD_SEALS, _GET_SEALS = 1033, 1034
 _SEAL, _SHRINK, _GROW, _WRITE = 1, 2, 4, 8
 _ALL_SEALS = _SEAL | _SHRINK | _GROW | _WRITE
-_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_DONTFORK, _DOFORK, _HUGEPAGE = 10, 11, 14
+_MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
+_DONTFORK, _HUGEPAGE = 10, 14
 _FAILED = ctypes.c_void_p(-1).value
 _SEAL_ATTEMPTS = 50
 _SPARE = 64 << 20
@@ -66,6 +66,12 @@ class Mapping:
             ArenaError: the kernel refuses; the old mapping stays.
         """
         _mmap(self.address, self.length, fd, access)
+
+    def vacate(self) -> None:
+        """Keep the addresses and nothing behind them."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        if _libc().mmap(self.address, self.length, _PROT_NONE, flags, -1, 0) != self.address:
+            raise ArenaError(f"the mapping cannot be given up: {os.strerror(ctypes.get_errno())}")
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as a flat uint8 tensor with a storage of its own, which keeps the mapping alive.
@@ -137,13 +143,8 @@ class HostSegment:
             ArenaError: it is no sealed memory, or smaller than `nbytes`.
         """
         try:
-            seals = _seals(descriptor)
-            if seals is None or seals & _ALL_SEALS != _ALL_SEALS:
-                raise ArenaError("the descriptor is of memory that could still be changed or cut: refused")
-            size = os.fstat(descriptor).st_size
-            if size < nbytes:
-                raise ArenaError(f"the shared memory has {size:,} bytes, the manifest says {nbytes:,}")
-            return cls(descriptor, Mapping(descriptor, nbytes, access))
+            _check_sealed(descriptor, nbytes)
+            return cls(descriptor, Mapping(descriptor, nbytes, access), sealed_access=access)
         except BaseException:
             os.close(descriptor)
             raise
@@ -161,6 +162,10 @@ class HostSegment:
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as a flat uint8 tensor; see `Mapping.tensor`."""
         return self.mapping.tensor(offset, nbytes)
+
+    def fitted(self, used: int) -> int:
+        """Return `used`: what is beyond is cut off."""
+        return used
 
     def seal(self, nbytes: int) -> None:
         """Cut to `nbytes` and make the memory read-only for ever, under the tensors that live in it.
@@ -188,6 +193,32 @@ class HostSegment:
         self._close = weakref.finalize(self, _close_all, [self.descriptor])
         os.close(writable)
 
+    def sleep(self) -> None:
+        """Give up the memory and the descriptor; whoever touches the addresses before `wake` is killed.
+
+        Raises:
+            ArenaError: the memory was not sealed.
+        """
+        if self._writable is not None:
+            raise ArenaError("memory that is being filled cannot be given up")
+        self.mapping.vacate()
+        self.close()
+
+    def wake(self, descriptor: int, nbytes: int) -> None:
+        """Map the memory of `descriptor` at the addresses that were kept; takes over the descriptor.
+
+        Raises:
+            ArenaError: as `attach`.
+        """
+        try:
+            _check_sealed(descriptor, nbytes)
+            self.mapping.replace(descriptor, self._sealed_access)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.descriptor = descriptor
+        self._close = weakref.finalize(self, _close_all, [descriptor])
+
     def close(self) -> None:
         """Close the descriptors; idempotent. The tensors keep their memory."""
         self._close()
@@ -205,6 +236,15 @@ def check_room(nbytes: int) -> None:
             f"{nbytes / 1e9:,.2f} GB of host memory are needed, and {room / 1e9:,.2f} GB are available "
             "(MemAvailable, and the limits of control groups)"
         )
+
+
+def _check_sealed(descriptor: int, nbytes: int) -> None:
+    seals = _seals(descriptor)
+    if seals is None or seals & _ALL_SEALS != _ALL_SEALS:
+        raise ArenaError("the descriptor is of memory that could still be changed or cut: refused")
+    size = os.fstat(descriptor).st_size
+    if size < nbytes:
+        raise ArenaError(f"the shared memory has {size:,} bytes, the manifest says {nbytes:,}")
 
 
 def _seals(descriptor: int) -> int | None:

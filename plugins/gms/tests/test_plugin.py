@@ -31,6 +31,8 @@ from weights_core.errors import (
 from weights_core.tensors import as_bytes
 from weights_core.testing import Group, every_dtype, host_of, random_tensor, write_checkpoint
 from weights_gms import client, owner
+from weights_gms.client import VaultError
+from weights_gms.holding import StaleWeights
 from weights_gms.plugin import GmsConfig, GmsPlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -397,6 +399,70 @@ def test_a_write_to_shared_weights_is_trapped(load):
                 made.layers[1].weight.zero_()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
+
+
+# Sleep ------------------------------------------------------------------------------------------------
+
+
+def test_sleep_gives_the_memory_up_and_wake_maps_it_at_the_same_addresses(load, source, status):
+    (first, wrote), (second, read) = load(), load()
+    for made, report in ((first, wrote), (second, read)):
+        addresses = [p.data_ptr() for p in made.parameters()]
+        owned = report.lease.owned
+        owned.sleep()
+        owned.sleep()
+        assert owned.holding.asleep
+        until(lambda: len(status()["slots"][0]["generations"][0]["leases"]) == 1)
+        owned.wake()
+        owned.wake()
+        assert [p.data_ptr() for p in made.parameters()] == addresses
+        assert all(map(is_shared, made.state_dict().values()))
+        assert same(made, source)
+    wrote.lease.close()
+    assert wrote.lease.owned is None
+    assert same(second, source)
+
+
+def test_weights_that_were_replaced_while_asleep_are_stale(load, tmp_path):
+    _, report = load()
+    kept = load()
+    owned = report.lease.owned
+    owned.sleep()
+    replaced = load(mode="rw")
+    with pytest.raises(StaleWeights, match=r"generation 1 of slot .* was replaced by 2: load again"):
+        owned.wake()
+    state = {k: v for k, v in model(meta=False, seed=5).state_dict().items() if k != "head.weight"}
+    other = load(mode="rw", checkpoint=write_checkpoint(tmp_path / "newer", state))
+    with pytest.raises(StaleWeights, match="has other weights by now"):
+        owned.wake()
+    assert kept
+    assert replaced
+    assert other
+
+
+def test_weights_that_are_gone_when_it_wakes(load, where):
+    _, report = load()
+    report.lease.owned.sleep()
+    until(lambda: not brokers_of(where))
+    with pytest.raises(VaultError, match="waited in vain"):
+        report.lease.owned.wake(timeout=0.2)
+    report.lease.close()
+
+
+def test_copies_of_its_own_are_not_put_to_sleep(load):
+    _, report = load(engine=Scaling)
+    with pytest.raises(VaultError, match="which sleeping would lose"):
+        report.lease.owned.sleep()
+
+
+def test_what_was_not_shared_has_nothing_to_give_up(load):
+    class Copying(w.TorchEngine):
+        def tensors(self, layout):
+            return {n: t.clone() for n, t in super().tensors(layout).items()}
+
+    _, report = load(engine=Copying)
+    with pytest.raises(VaultError, match="nothing was shared"):
+        report.lease.owned.sleep()
 
 
 # Failures ---------------------------------------------------------------------------------------------

@@ -36,10 +36,7 @@ class Backing(abc.ABC):
         """Refuse to fill memory that is not there."""
         check_room(nbytes)
 
-    def moved(self) -> None:  # noqa: B027 - the host has nothing to do
-        """Give back what a storage that was moved has left."""
-
-    def written(self) -> None:  # noqa: B027
+    def written(self) -> None:  # noqa: B027 - the host has nothing to wait for
         """Wait until all that was written has arrived."""
 
     @abc.abstractmethod

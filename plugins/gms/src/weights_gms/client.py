@@ -183,6 +183,11 @@ class Lease:
         self._watcher.start()
 
     @property
+    def held(self) -> Mapping[str, Any]:
+        """What the lease is on: slot, generation, number, identity, bytes."""
+        return self._held
+
+    @property
     def closed(self) -> bool:
         """Whether the lease has ended."""
         return self._closing.is_set()

@@ -16,9 +16,9 @@ from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment
 from weights_core.checkpoint import find
 from weights_core.digest import content_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
-from weights_core.memory import check_room
 from weights_gms.backing import Backing, backing_for
-from weights_gms.client import Ask, Endpoint, Grant, Lease, commit, keep, open_slot, read_manifest
+from weights_gms.client import Ask, Endpoint, Grant, VaultError, commit, keep, open_slot, read_manifest
+from weights_gms.holding import Holding
 
 if TYPE_CHECKING:
     from weights_core import Engine, EngineInfo, LoadRequest, Source
@@ -144,6 +144,7 @@ class VaultOwner(Owner):
                 pieces.append(piece)
             where = f"slot {grant.reply['slot']}, generation {grant.reply['number']}, of {grant.broker}"
             lease = keep(grant, pieces)
+            holding = Holding(lease, pieces, manifest.sizes, grant.endpoint, self._backing, private=private)
         except BaseException:
             for piece in pieces:
                 piece.close()
@@ -152,7 +153,7 @@ class VaultOwner(Owner):
         def notes() -> tuple[str, ...]:
             return self._notes(f"read {where}", manifest.nbytes, found, pieces if private else ())
 
-        return ArenaSet(manifest, pieces, provider="gms", notes=notes, on_close=lease.close)
+        return ReadSet(manifest, pieces, holding, notes)
 
     def _write(self, grant: Grant, identity: Identity, found: str, source: Source) -> WeightSet:
         engine = self._engine
@@ -164,7 +165,7 @@ class VaultOwner(Owner):
         writer = ArenaWriter(lambda nbytes: self._backing.create(nbytes, private=private), due)
         try:
             if inner.layout is Layout.CHECKPOINT and not inner.in_place:
-                _place(engine, writer)
+                _place(engine, writer, self._backing)
         except BaseException:
             writer.close()
             inner.close()
@@ -174,7 +175,7 @@ class VaultOwner(Owner):
         def notes() -> tuple[str, ...]:
             return self._notes(f"wrote {where}", writer.nbytes, found, writer.segments if private else ())
 
-        held = {
+        offered = {
             "identity": plain(identity),
             "keep": self._config.keep,
             "detail": {
@@ -183,7 +184,7 @@ class VaultOwner(Owner):
                 "checkpoint": str(self._request.checkpoint),
             },
         }
-        self._written = WritingSet(inner, grant, writer, held, self._backing, notes, where)
+        self._written = WritingSet(inner, grant, writer, offered, self._backing, private, notes, where)
         return self._written
 
     def _notes(self, what: str, shared: int, found: str, private: Sequence[Segment]) -> tuple[str, ...]:
@@ -194,7 +195,40 @@ class VaultOwner(Owner):
         )
 
 
-class WritingSet(WeightSetWrapper):
+class Sleeping:
+    """What an owner's set can do while its lease lasts: `report.lease.owned.sleep()`."""
+
+    holding: Holding | None = None
+
+    def sleep(self) -> None:
+        """Give up the memory, and keep its addresses; see `Holding.sleep`."""
+        self._held().sleep()
+
+    def wake(self, timeout: float = 60.0) -> None:
+        """Map the same generation again at the same addresses; see `Holding.wake`."""
+        self._held().wake(timeout)
+
+    def _held(self) -> Holding:
+        if self.holding is None:
+            raise VaultError("nothing was shared, so there is nothing to give up")
+        return self.holding
+
+
+class ReadSet(Sleeping, ArenaSet):
+    """What a reader is given."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        segments: Sequence[Segment],
+        holding: Holding,
+        notes: Callable[[], tuple[str, ...]],
+    ) -> None:
+        super().__init__(manifest, segments, provider="gms", notes=notes, on_close=holding.close)
+        self.holding = holding
+
+
+class WritingSet(Sleeping, WeightSetWrapper):
     """What a writer loads: the set of the sources below, which goes to where all can read it.
 
     Until it is offered the grant is given up by `close`; afterwards `close` ends the lease.
@@ -205,8 +239,9 @@ class WritingSet(WeightSetWrapper):
         inner: WeightSet,
         grant: Grant,
         writer: ArenaWriter,
-        held: Mapping[str, Any],
+        offered: Mapping[str, Any],
         backing: Backing,
+        private: bool,
         notes: Callable[[], tuple[str, ...]],
         where: str,
     ) -> None:
@@ -216,11 +251,11 @@ class WritingSet(WeightSetWrapper):
         self._below = inner.provider
         self._grant = grant
         self._writer: ArenaWriter | None = writer
-        self._held = held
+        self._offered = offered
+        self._private = private
         self._backing = backing
         self._own_notes = notes
         self._where = where
-        self._lease: Lease | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Give engines what a wrapper's set offers beyond a `WeightSet`."""
@@ -234,7 +269,7 @@ class WritingSet(WeightSetWrapper):
         return (
             *self.inner.notes,
             f"gms: loaded by {self._below}",
-            *(self._own_notes() if self._lease else ()),
+            *(self._own_notes() if self.holding else ()),
         )
 
     def offer(self, engine: Engine, layout: Layout) -> PublishReceipt:
@@ -251,13 +286,15 @@ class WritingSet(WeightSetWrapper):
             if missing:
                 raise PublishError(f"refusing to share a model that is not filled: {missing[0]!r} is missing")
             self._backing.check_room(max(writer.outside(tensors).values(), default=0))
-            moved = writer.move(tensors, self._backing.moved)
+            moved = writer.move(tensors)
             manifest = writer.manifest(engine.tensors(layout), layout)
             self._backing.written()
             writer.seal()
             nbytes = manifest.nbytes
-            self._lease = commit(
-                self._grant, manifest.dumps(), writer.segments, {**self._held, "nbytes": nbytes}
+            pieces = writer.segments
+            lease = commit(self._grant, manifest.dumps(), pieces, {**self._offered, "nbytes": nbytes})
+            self.holding = Holding(
+                lease, pieces, manifest.sizes, self._grant.endpoint, self._backing, private=self._private
             )
         except BaseException:
             self.close()
@@ -268,7 +305,7 @@ class WritingSet(WeightSetWrapper):
     def loaded(self) -> None:
         """Let go of what only writing needed; give up the grant if nothing was offered."""
         self._writer = None
-        if self._lease is None:
+        if self.holding is None:
             self.close()
 
     def close(self) -> None:
@@ -279,8 +316,8 @@ class WritingSet(WeightSetWrapper):
         try:
             self.inner.close()
         finally:
-            if self._lease is not None:
-                self._lease.close()
+            if self.holding is not None:
+                self.holding.close()
             else:
                 if self._writer is not None:
                     self._writer.close()
@@ -320,7 +357,7 @@ def plain(identity: Identity) -> dict[str, Any]:
     }
 
 
-def _place(engine: Engine, writer: ArenaWriter) -> None:
+def _place(engine: Engine, writer: ArenaWriter, backing: Backing) -> None:
     """Give the engine's parameters shared memory before they are filled, if the engine can take it.
 
     Raises:
@@ -328,11 +365,10 @@ def _place(engine: Engine, writer: ArenaWriter) -> None:
     """
     try:
         engine.materialize(writer.alloc)
+        backing.check_room(writer.nbytes)
     except EngineError as exc:
         log.info("%s, so the weights are moved once they are loaded", exc.brief)
-        return
-    try:
-        check_room(writer.nbytes)
     except WeightsError:
-        engine.reinit()
+        if not engine.untouched():
+            engine.reinit()
         raise
