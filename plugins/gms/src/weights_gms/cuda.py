@@ -42,8 +42,7 @@ class Device:
         self.driver: Any = driver
         if not torch.cuda.is_available():
             raise ArenaError(f"there is no CUDA device here to share memory of ({name})")
-        device = torch.device(name)
-        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.index = int(name.partition(":")[2] or torch.cuda.current_device())
         torch.zeros(1, device=f"cuda:{self.index}")  # the context must be there before memory is mapped
         self.uuid = f"GPU-{torch.cuda.get_device_properties(self.index).uuid}"
         self._handle_type = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR

@@ -97,7 +97,7 @@ class VaultOwner(Owner):
         error: WeightsError | None = None
         identity, found = None, ""
         try:
-            digest, found = self._digest()
+            digest, found = digest_of(self._config, self._request)
             identity = Identity.of(info, digest, self._layout)
             slot = slot_name(self._config.tag, self._backing.device, info)
             mine: _Rank = (uuid.uuid4().hex, slot, plain(identity), "")
@@ -123,14 +123,6 @@ class VaultOwner(Owner):
             timeout=self._config.timeout,
         )
         return identity, found, ask
-
-    def _digest(self) -> tuple[str, str]:
-        if self._config.digest is not None:
-            return self._config.digest, f"{self._config.digest}, given by the settings"
-        files = find(self._request.checkpoint, self._request.engine.component, self._request.is_pipeline)
-        found = content_digest(files)
-        log.info("digest %s", found)
-        return found.value, str(found)
 
     def _read(self, grant: Grant, identity: Identity, found: str) -> WeightSet:
         manifest = Manifest.loads(read_manifest(grant))
@@ -322,6 +314,15 @@ class WritingSet(Sleeping, WeightSetWrapper):
                 if self._writer is not None:
                     self._writer.close()
                 self._grant.close()
+
+
+def digest_of(config: GmsConfig, request: LoadRequest) -> tuple[str, str]:
+    """Return the digest of what is to be loaded, and how it was found."""
+    if config.digest is not None:
+        return config.digest, f"{config.digest}, given by the settings"
+    found = content_digest(find(request.checkpoint, request.engine.component, request.is_pipeline))
+    log.info("digest %s", found)
+    return found.value, str(found)
 
 
 def endpoint_of(config: GmsConfig) -> Endpoint:

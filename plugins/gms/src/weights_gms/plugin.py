@@ -100,15 +100,17 @@ class GmsPlugin(ProviderPlugin[GmsConfig]):
         """Read what the slot has, or get the weights from below and write them where all can read."""
         layout = shared_layout(request.engine)
         assert layout is not None
+        owner: Owner
         if self.config.backend == "dynamo":
             from weights_gms.dynamo import DynamoOwner
 
-            self._owner = DynamoOwner(self.config, request, engine, layout)
+            owner = DynamoOwner(self.config, request, engine, layout)
         else:
             from weights_gms.owner import VaultOwner
 
-            self._owner = VaultOwner(self.config, request, engine, layout)
-        return self._owner.load(source)
+            owner = VaultOwner(self.config, request, engine, layout)
+        self._owner = owner
+        return owner.load(source)
 
     @hookimpl
     def publish(self, request: LoadRequest, engine: Engine, layout: Layout) -> PublishReceipt | None:
