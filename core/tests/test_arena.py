@@ -196,7 +196,9 @@ def test_a_reader_of_another_shape_is_refused():
 
 
 GOOD = json.loads(
-    Manifest(Layout.FINAL, (4096,), {"t": Place("t", "F32", (2, 3), (3, 1), 0, 256)}, {"t": "xxh3:1"}).dumps()
+    Manifest(
+        Layout.FINAL, (4096,), {"t": Place("t", "F32", (2, 3), (3, 1), 0, 256, 24)}, {"t": "xxh3:1"}
+    ).dumps()
 )
 
 

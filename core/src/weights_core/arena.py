@@ -9,11 +9,10 @@ tensor lies, and two names may lie at one place.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import attrs
 
@@ -70,9 +69,11 @@ class Segment(Protocol):
         ...
 
 
-@attrs.frozen
-class Place:
-    """Where one tensor lies: `shape` and `strides` (elements) are torch's, `offset` counts bytes."""
+class Place(NamedTuple):
+    """Where one tensor lies: `shape` and `strides` (elements) are torch's, `offset` counts bytes.
+
+    `span` counts the bytes from the first element to the end of the last.
+    """
 
     name: str
     dtype: str
@@ -80,16 +81,7 @@ class Place:
     strides: tuple[int, ...]
     segment: int
     offset: int
-
-    @functools.cached_property
-    def span(self) -> int:
-        """Bytes from the first element to the end of the last."""
-        if 0 in self.shape:
-            return 0
-        last = 1
-        for size, stride in zip(self.shape, self.strides, strict=True):
-            last += (size - 1) * stride
-        return last * (8 if self.dtype == "F4" else dtypes.BITS[self.dtype]) // 8
+    span: int
 
     @property
     def meta(self) -> TensorMeta:
@@ -255,7 +247,9 @@ class ArenaWriter:
                 raise ArenaError(
                     f"tensor {name!r} has dtype {tensor.dtype}, which cannot be shared"
                 ) from None
-            places[name] = Place(name, dtype, tuple(tensor.shape), tuple(tensor.stride()), *at)
+            shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+            span = _span(tensor) if tensor.numel() else 0
+            places[name] = Place(name, dtype, shape, strides, *at, span)
         sizes = tuple(s.fitted(used) for s, used in zip(self._segments, self._used, strict=True))
         return Manifest(layout, sizes, places)
 
@@ -359,8 +353,9 @@ class ArenaSet(WeightSet):
             raise ArenaError("the set was closed: the load it was opened for has ended")
         flat = self._segments[place.segment].tensor(place.offset, place.span)
         tensor = flat.view(dtypes.to_torch(place.dtype)).as_strided(place.shape, place.strides)
-        for dim, r in enumerate(normalise(slices, place.shape) if slices else ()):
-            tensor = tensor.narrow(dim, r.start, len(r))
+        if slices:
+            for dim, r in enumerate(normalise(slices, place.shape)):
+                tensor = tensor.narrow(dim, r.start, len(r))
         return tensor
 
     def close(self) -> None:
@@ -386,11 +381,13 @@ def _place(row: Sequence[Any], sizes: Sequence[int]) -> Place:
     name, dtype, shape, strides, segment, offset = row
     if type(name) is not str or dtype not in dtypes.BITS or len(shape) != len(strides):
         raise ValueError(f"{row[:2]!r} is no tensor")
-    for number in (segment, offset, *shape, *strides):
-        _count(number)
-    place = Place(name, dtype, tuple(shape), tuple(strides), segment, offset)
-    if segment >= len(sizes) or offset + place.span > sizes[segment]:
+    span = 0 if 0 in shape else 1
+    for size, stride in zip(shape, strides, strict=True):
+        span += (_count(size) - 1) * _count(stride) if span else 0
+    bits = 8 if dtype == "F4" else dtypes.BITS[dtype]
+    span = span * bits // 8
+    if _count(segment) >= len(sizes) or _count(offset) + span > sizes[segment]:
         raise ArenaError(f"tensor {name!r} does not lie within the shared memory")
     if offset % max(1, dtypes.BITS[dtype] // 8):
         raise ArenaError(f"tensor {name!r} is not aligned")
-    return place
+    return Place(name, dtype, tuple(shape), tuple(strides), segment, offset, span)

@@ -79,16 +79,22 @@ def content_digest(
     said = _read_sidecar(found)
     cache = _cache_folder(environ)
 
-    def one(path: Path) -> tuple[str, Origin]:
+    digests: dict[Path, tuple[str, Origin]] = {}
+    unknown = []
+    for path in found.files:
         known = _hub(path)
         if known is not None:
-            return known, "hub"
-        if path in said:
-            return said[path], "sidecar"
-        return _cached_or_hashed(path, cache)
-
-    with ThreadPoolExecutor(max(1, min(threads, len(found.files)))) as pool:
-        digests = dict(zip(found.files, pool.map(one, found.files), strict=True))
+            digests[path] = known, "hub"
+        elif path in said:
+            digests[path] = said[path], "sidecar"
+        elif cache is not None and (kept := _found_in(cache, path)) is not None:
+            digests[path] = kept, "cache"
+        else:
+            unknown.append(path)
+    if unknown:
+        with ThreadPoolExecutor(min(threads, len(unknown))) as pool:
+            hashed = pool.map(lambda path: _cached_or_hashed(path, cache), unknown)
+            digests.update(zip(unknown, hashed, strict=True))
     return Digest(
         value=_combined([digest for digest, _ in digests.values()]),
         origins={path: origin for path, (_, origin) in digests.items()},
@@ -192,12 +198,26 @@ def _cache_folder(environ: Mapping[str, str]) -> Path | None:
     return folder if found.st_uid == os.geteuid() and not found.st_mode & 0o022 else None
 
 
+def _found_in(cache: Path, path: Path) -> str | None:
+    """Return the digest that was kept for a file, without waiting for whoever computes it."""
+    try:
+        found = path.stat()
+        with open(_entry(cache, found), "rb", buffering=0) as entry:
+            return _kept(entry.fileno(), found)
+    except OSError:
+        return None  # not kept; whether the file can be read is found out by hashing it
+
+
+def _entry(cache: Path, found: os.stat_result) -> Path:
+    return cache / f"{found.st_dev:x}-{found.st_ino:x}"
+
+
 def _cached_or_hashed(path: Path, cache: Path | None) -> tuple[str, Origin]:
     file = File(path)
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
         found = path.stat()
-        entry = stack.enter_context(_locked(cache / f"{found.st_dev:x}-{found.st_ino:x}")) if cache else None
+        entry = stack.enter_context(_locked(_entry(cache, found))) if cache else None
         if entry is not None:
             kept = _kept(entry, found)
             if kept is not None:

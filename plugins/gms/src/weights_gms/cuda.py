@@ -8,6 +8,7 @@ has a descriptor could map it for writing, so this is for processes that trust o
 
 from __future__ import annotations
 
+import importlib
 import os
 import weakref
 from collections.abc import Sequence
@@ -32,14 +33,14 @@ class Device:
             ArenaError: there is no such device.
         """
         try:
-            from cuda.bindings import driver
+            driver: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as exc:
             raise ExtraNotInstalledError(
                 f"sharing memory of {name} needs the driver's bindings: pip install 'weights-gms[cuda]'"
             ) from exc
         import torch
 
-        self.driver: Any = driver
+        self.driver = driver
         if not torch.cuda.is_available():
             raise ArenaError(f"there is no CUDA device here to share memory of ({name})")
         self.index = int(name.partition(":")[2] or torch.cuda.current_device())
@@ -106,6 +107,12 @@ class Device:
         )
         self.call("cuMemSetAccess", address, length, [access], 1)
 
+    def synchronize(self) -> None:
+        """Wait for all that was begun on the device."""
+        import torch
+
+        torch.cuda.synchronize(self.index)
+
     def _properties(self) -> Any:
         properties = self.driver.CUmemAllocationProp()
         properties.type = self.driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -129,6 +136,15 @@ class CudaMapping:
         """Map memory; the handle is given up."""
         self.device.map(self.address, self.length, handle, write=write)
         self._state[0] = True
+
+    def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return bytes as a flat uint8 tensor that keeps the memory mapped."""
+        import torch
+
+        where = f"cuda:{self.device.index}"
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8, device=where)
+        return torch.as_tensor(_Bytes(self, offset, nbytes), device=where)
 
     def unmap(self) -> None:
         """Take the memory away, and keep the addresses."""
@@ -203,12 +219,7 @@ class CudaSegment:
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as a flat uint8 tensor that keeps the memory mapped."""
-        import torch
-
-        where = f"cuda:{self.mapping.device.index}"
-        if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8, device=where)
-        return torch.as_tensor(_Bytes(self.mapping, offset, nbytes), device=where)
+        return self.mapping.tensor(offset, nbytes)
 
     def seal(self, nbytes: int) -> None:
         """Make it read-only for this process, under the tensors that live there."""
@@ -236,17 +247,14 @@ class CudaSegment:
 
     def _copy(self) -> None:
         """Put a copy of one's own under the same addresses, for an engine that writes into it."""
-        import torch
-
         device, length = self.mapping.device, self.mapping.length
         fresh = CudaMapping(device, length)
         handle = device.create(length)
         kept = device.export(handle)
         try:
             fresh.map(handle, write=True)
-            whole = torch.as_tensor(_Bytes(fresh, 0, length), device=f"cuda:{device.index}")
-            whole.copy_(self.tensor(0, length))
-            torch.cuda.synchronize(device.index)
+            fresh.tensor(0, length).copy_(self.tensor(0, length))
+            device.synchronize()
             self.mapping.unmap()
             self.mapping.map(device.import_(kept), write=True)
         finally:
@@ -278,9 +286,7 @@ class CudaBacking(Backing):
 
     def written(self) -> None:
         """Wait for the device."""
-        import torch
-
-        torch.cuda.synchronize(self._device.index)
+        self._device.synchronize()
 
     def private_bytes(self, segments: Sequence[Segment]) -> int:
         """All of it: on a device a copy is whole."""

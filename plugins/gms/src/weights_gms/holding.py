@@ -39,6 +39,11 @@ class Holding:
         self._asleep: Mapping[str, Any] | None = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the segments."""
+        return sum(self._sizes)
+
+    @property
     def asleep(self) -> bool:
         """Whether the memory was given up."""
         return self._asleep is not None

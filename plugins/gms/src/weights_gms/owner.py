@@ -164,8 +164,8 @@ class VaultOwner(Owner):
             raise
         where = f"slot {grant.reply['slot']}, generation {grant.reply['number']}, of {grant.broker}"
 
-        def notes() -> tuple[str, ...]:
-            return self._notes(f"wrote {where}", writer.nbytes, found, writer.segments if private else ())
+        def notes(shared: int) -> tuple[str, ...]:
+            return self._notes(f"wrote {where}", shared, found, writer.segments if private else ())
 
         offered = {
             "identity": plain(identity),
@@ -234,7 +234,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
         offered: Mapping[str, Any],
         backing: Backing,
         private: bool,
-        notes: Callable[[], tuple[str, ...]],
+        notes: Callable[[int], tuple[str, ...]],
         where: str,
     ) -> None:
         super().__init__(inner)
@@ -261,7 +261,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
         return (
             *self.inner.notes,
             f"gms: loaded by {self._below}",
-            *(self._own_notes() if self.holding else ()),
+            *(self._own_notes(self.holding.nbytes) if self.holding else ()),
         )
 
     def offer(self, engine: Engine, layout: Layout) -> PublishReceipt:
