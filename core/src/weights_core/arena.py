@@ -10,7 +10,7 @@ tensor lies, and two names may lie at one place.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -309,6 +309,11 @@ class ArenaWriter:
             except RuntimeError as exc:
                 raise ArenaError(f"tensor {name!r} cannot be moved into shared memory: {exc}") from exc
         return last - first
+
+
+def padded(metas: Iterable[TensorMeta]) -> int:
+    """Return the bytes that tensors take in an arena, each in a region of its own."""
+    return sum(-(-meta.nbytes // ALIGNMENT) * ALIGNMENT for meta in metas)
 
 
 class ArenaSet(WeightSet):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from weights_core import Identity, Layout, PublishReceipt, WeightSet, WeightSetWrapper
-from weights_core.arena import ArenaSet, ArenaWriter, Manifest
+from weights_core.arena import ArenaSet, ArenaWriter, Manifest, padded
 from weights_core.errors import ExtraNotInstalledError, IdentityMismatchError, PublishError
 from weights_gms.client import VaultError
 from weights_gms.owner import Owner, digest_of, plain
@@ -168,7 +168,7 @@ class DynamoOwner(Owner):
             if not connection.writes:
                 return self._read(connection, identity, found, socket)
             inner = source.open()
-            due = sum(meta.nbytes for meta in engine.expected(self._layout).values())
+            due = padded(engine.expected(self._layout).values())
             writer = ArenaWriter(lambda nbytes: self._create(connection, nbytes), due)
             self._written = _Written(inner, connection, writer, identity, found, socket)
             return self._written

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from weights_core import Identity, Layout, PublishReceipt, WeightSet, WeightSetWrapper
-from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment
+from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment, padded
 from weights_core.checkpoint import find
 from weights_core.digest import content_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
@@ -153,7 +153,7 @@ class VaultOwner(Owner):
         info = self._request.engine
         inner = source.open()
         private = info.post_load_writes is not None and self._layout is Layout.SHARDED
-        due = sum(meta.nbytes for meta in engine.expected(self._layout).values())
+        due = padded(engine.expected(self._layout).values())
         writer = ArenaWriter(lambda nbytes: self._backing.create(nbytes, private=private), due)
         try:
             if inner.layout is Layout.CHECKPOINT and not inner.in_place:
