@@ -139,6 +139,14 @@ def test_a_child_reads_what_was_sealed_before_the_fork():
     assert exit_of(lambda: 0 if tensor.sum().item() == 28 else 1) == 0
 
 
+def test_a_child_reads_what_will_never_be_sealed():
+    segment = filled()
+    tensor = segment.tensor(0, 4)
+    assert exit_of(lambda: tensor.sum().item() and 0) == -signal.SIGSEGV
+    segment.close()
+    assert exit_of(lambda: 0 if tensor.sum().item() == 28 else 1) == 0
+
+
 def test_sealing_waits_for_no_one_who_maps_it_for_writing(monkeypatch):
     monkeypatch.setattr(memory, "_SEAL_ATTEMPTS", 2)
     segment = filled()

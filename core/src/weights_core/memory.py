@@ -35,7 +35,7 @@ _ADD_SEALS, _GET_SEALS = 1033, 1034
 _SEAL, _SHRINK, _GROW, _WRITE = 1, 2, 4, 8
 _ALL_SEALS = _SEAL | _SHRINK | _GROW | _WRITE
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
-_DONTFORK, _HUGEPAGE = 10, 14
+_DONTFORK, _DOFORK, _HUGEPAGE = 10, 11, 14
 _FAILED = ctypes.c_void_p(-1).value
 _SEAL_ATTEMPTS = 50
 _SPARE = 64 << 20
@@ -221,6 +221,8 @@ class HostSegment:
 
     def close(self) -> None:
         """Close the descriptors; idempotent. The tensors keep their memory."""
+        if self._writable is not None:  # it will never be sealed, so children may have it
+            _advise(self.mapping.address, self.mapping.length, _DOFORK)
         self._close()
 
 

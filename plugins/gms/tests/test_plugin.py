@@ -381,6 +381,8 @@ def test_final_weights_are_shared_after_the_transform_and_not_transformed_again(
     (first, wrote), (second, _) = load(engine=Final), load(engine=Final)
     assert Final.transforms == 3
     assert wrote.receipts[0].layout is w.Layout.FINAL
+    regions = 4 + 2 * 3  # of 256 bytes each: the transforms' originals are not among them
+    assert wrote.receipts[0].nbytes <= regions * 512
     for made in (first, second):
         assert all(map(is_shared, made.state_dict().values()))
         for layer, original in zip(made.layers, source.layers, strict=True):
@@ -549,6 +551,19 @@ def test_a_limit_on_file_sizes_is_a_clear_error(load, tmp_path, where):
     assert "ulimit -f" in done.stdout
     assert done.stdout.endswith("True\n")
     assert "read slot weights/cpu/-/main/0of1, generation 1" in notes(load(fresh(), checkpoint=path)[1])
+    assert kept
+
+
+def test_other_weights_than_were_asked_for_are_refused(load, monkeypatch):
+    kept = load()
+    monkeypatch.setattr(owner, "plain", lambda identity, real=owner.plain: real(identity) | {"dtype": "F64"})
+    monkeypatch.setattr(owner, "open_slot", lambda at, ask, real=owner.open_slot: real(at, honest(ask)))
+
+    def honest(ask):
+        return attrs.evolve(ask, members=[(s, {**i, "dtype": "F32"}) for s, i in ask.members])
+
+    with pytest.raises(LoadError, match="other weights than were asked for"):
+        load()
     assert kept
 
 

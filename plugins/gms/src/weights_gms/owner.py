@@ -94,22 +94,19 @@ class VaultOwner(Owner):
         """
         info, engine = self._request.engine, self._engine
         assert engine is not None
-        error: WeightsError | None = None
-        identity, found = None, ""
+        world = info.topology.world
+
+        def tell(mine: _Rank) -> Sequence[Any]:
+            return engine.gather(mine, self._request.timeout) if world.size > 1 else [mine]
+
         try:
             digest, found = digest_of(self._config, self._request)
             identity = Identity.of(info, digest, self._layout)
-            slot = slot_name(self._config.tag, self._backing.device, info)
-            mine: _Rank = (uuid.uuid4().hex, slot, plain(identity), "")
         except WeightsError as exc:
-            error = exc
-            mine = ("", "", {}, str(exc))
-        world = info.topology.world
-        everyone: Sequence[Any] = [mine]
-        if world.size > 1:
-            everyone = engine.gather(mine, self._request.timeout)
-        if error is not None or identity is None:
-            raise error or LoadError("no identity")
+            tell(("", "", {}, str(exc)))
+            raise
+        slot = slot_name(self._config.tag, self._backing.device, info)
+        everyone = tell((uuid.uuid4().hex, slot, plain(identity), ""))
         for rank, theirs in enumerate(everyone):
             if theirs[3]:
                 raise LoadError(f"rank {rank} cannot ask for its slot: {theirs[3]}")
@@ -125,6 +122,8 @@ class VaultOwner(Owner):
         return identity, found, ask
 
     def _read(self, grant: Grant, identity: Identity, found: str) -> WeightSet:
+        if grant.reply["identity"] != plain(identity):
+            raise LoadError("the broker handed over other weights than were asked for")
         manifest = Manifest.loads(read_manifest(grant))
         if manifest.layout is not self._layout or len(manifest.sizes) != len(grant.fds) - 1:
             raise LoadError("the broker handed over something else than its manifest says")
@@ -156,7 +155,8 @@ class VaultOwner(Owner):
         due = padded(engine.expected(self._layout).values())
         writer = ArenaWriter(lambda nbytes: self._backing.create(nbytes, private=private), due)
         try:
-            if inner.layout is Layout.CHECKPOINT and not inner.in_place:
+            straight = inner.layout is Layout.CHECKPOINT and not inner.in_place
+            if straight and self._layout is Layout.SHARDED:  # else post-load makes other tensors
                 _place(engine, writer, self._backing)
         except BaseException:
             writer.close()
