@@ -57,7 +57,10 @@ class Mapping:
         if access == "write":
             _advise(self.address, self.length, _HUGEPAGE)
             _advise(self.address, self.length, _DONTFORK)  # a child's copy would forbid sealing
-        weakref.finalize(self, _libc().munmap, self.address, self.length).atexit = False
+        self._memory: Any = (ctypes.c_ubyte * self.length).from_address(self.address)
+        self._memory.owner = _Owner()  # tensors keep the buffer, which keeps this
+        unmap = weakref.finalize(self._memory.owner, _libc().munmap, self.address, self.length)
+        unmap.atexit = False
 
     def replace(self, fd: int, access: Access) -> None:
         """Map the same addresses anew, in one step, under whatever lives there.
@@ -85,9 +88,11 @@ class Mapping:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are not in a mapping of {self.length}")
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        memory: Any = (ctypes.c_ubyte * nbytes).from_address(self.address + offset)
-        memory.mapping = self
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=offset)
+
+
+class _Owner:
+    """What dies with the last tensor in a mapping."""
 
 
 class HostSegment:
