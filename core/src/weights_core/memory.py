@@ -57,10 +57,11 @@ class Mapping:
         if access == "write":
             _advise(self.address, self.length, _HUGEPAGE)
             _advise(self.address, self.length, _DONTFORK)  # a child's copy would forbid sealing
-        self._memory: Any = (ctypes.c_ubyte * self.length).from_address(self.address)
-        self._memory.owner = _Owner()  # tensors keep the buffer, which keeps this
-        unmap = weakref.finalize(self._memory.owner, _libc().munmap, self.address, self.length)
-        unmap.atexit = False
+        owner = _Owner()
+        weakref.finalize(owner, _libc().munmap, self.address, self.length).atexit = False
+        memory: Any = (ctypes.c_ubyte * self.length).from_address(self.address)
+        memory.owner = owner  # tensors keep the buffer, which keeps this
+        self._memory = memory
 
     def replace(self, fd: int, access: Access) -> None:
         """Map the same addresses anew, in one step, under whatever lives there.
