@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -107,9 +108,8 @@ def pool(files: list[Path]) -> None:
 
 def runai(files: list[Path]) -> None:
     """Load with runai-model-streamer, to the host and from there."""
-    from runai_model_streamer import SafetensorsStreamer
-
-    with SafetensorsStreamer() as streamer:
+    streamer_of = import_module("runai_model_streamer").SafetensorsStreamer
+    with streamer_of() as streamer:
         streamer.stream_files([str(file) for file in files])
         for _, tensor in streamer.get_tensors():
             tensor.cuda()
@@ -117,9 +117,8 @@ def runai(files: list[Path]) -> None:
 
 def fast(files: list[Path]) -> None:
     """Load with fastsafetensors, without GPUDirect storage."""
-    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
-
-    loader = SafeTensorsFileLoader(SingleGroup(), torch.device("cuda:0"), nogds=True)
+    module = import_module("fastsafetensors")
+    loader = module.SafeTensorsFileLoader(module.SingleGroup(), torch.device("cuda:0"), nogds=True)
     loader.add_filenames({0: [str(file) for file in files]})
     buffers = loader.copy_files_to_device()
     for name in buffers.key_to_rank_lidx:
@@ -130,8 +129,7 @@ def fast(files: list[Path]) -> None:
 
 def instant(files: list[Path]) -> None:
     """Load with InstantTensor."""
-    from instanttensor import safe_open
-
+    safe_open = import_module("instanttensor").safe_open
     with safe_open([str(file) for file in files], framework="pt", device=0) as opened:
         for _, tensor in opened.tensors():
             tensor.clone()

@@ -20,13 +20,19 @@ def page() -> str:
         "",
     ]
     root = click.Context(weights, info_name="weights", terminal_width=100, **weights.context_settings)
-    parts += _block(root, weights)
-    for name in weights.list_commands(root):
-        command = weights.get_command(root, name)
+    return "\n".join(parts + _block(root, weights) + _commands(root, weights))
+
+
+def _commands(parent: click.Context, group: click.Group) -> list[str]:
+    parts = []
+    for name in group.list_commands(parent):
+        command = group.get_command(parent, name)
         assert command is not None
-        parts += [f"## weights {name}", ""]
-        parts += _block(click.Context(command, info_name=name, parent=root, terminal_width=100), command)
-    return "\n".join(parts)
+        context = click.Context(command, info_name=name, parent=parent, terminal_width=100)
+        parts += [f"## {context.command_path}", "", *_block(context, command)]
+        if isinstance(command, click.Group):
+            parts += _commands(context, command)
+    return parts
 
 
 def _block(context: click.Context, command: click.Command) -> list[str]:

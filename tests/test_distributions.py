@@ -53,7 +53,7 @@ def test_what_the_wheels_require_is_there(clean):
 
 def test_plugins_are_found_by_their_entry_points(clean):
     lines = run(clean / "weights", "plugins").splitlines()
-    assert [line.split()[0] for line in lines] == ["consumable", "disk", "parallel_shards", "probe"]
+    assert [line.split()[0] for line in lines] == ["consumable", "disk", "gms", "parallel_shards", "probe"]
     assert all(" ok" in line for line in lines)
     where = run(clean / "python", "-c", "import weights_core; print(weights_core.__file__)")
     assert str(clean.parent) in where
@@ -94,10 +94,10 @@ def test_a_blocked_plugin_takes_no_part(clean, tmp_path):
         clean / "weights",
         "explain",
         tmp_path,
-        env={"WEIGHTS_BLOCK": "probe,parallel_shards", "PATH": "/usr/bin:/bin"},
+        env={"WEIGHTS_BLOCK": "probe,gms,parallel_shards", "PATH": "/usr/bin:/bin"},
     )
     assert "sources, in order: disk" in out
-    assert out.count(": blocked") == 2
+    assert out.count(": blocked") == 3
 
 
 def test_every_license_is_the_same():

@@ -15,6 +15,7 @@ PACKAGES = {
     "weights_core": ROOT / "core/src/weights_core",
     "weights_parallel_shards": ROOT / "plugins/parallel_shards/src/weights_parallel_shards",
     "weights_consumable": ROOT / "plugins/consumable/src/weights_consumable",
+    "weights_gms": ROOT / "plugins/gms/src/weights_gms",
 }
 SOURCES = sorted(
     p
@@ -105,7 +106,13 @@ def test_the_core_knows_no_plugin_and_no_engine_by_name():
 
 @pytest.mark.parametrize(
     "module",
-    ["weights_core", "weights_core.cli", "weights_parallel_shards.plugin", "weights_consumable.plugin"],
+    [
+        "weights_core",
+        "weights_core.cli",
+        "weights_parallel_shards.plugin",
+        "weights_consumable.plugin",
+        "weights_gms.plugin",
+    ],
 )
 def test_importing_loads_no_torch_and_installs_no_handler(module):
     code = (

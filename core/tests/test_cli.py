@@ -426,8 +426,8 @@ def test_a_hub_id_is_answered_with_how_to_download_it(command, tmp_path, monkeyp
 
 @pytest.mark.parametrize("command", ["load", "explain"])
 def test_an_unknown_format_is_one_line_with_the_command_that_installs_it(checkpoint, command):
-    line = failed(command, checkpoint, "-f", "gms", code=2)
-    assert line == "weights: FormatNotFoundError: 'gms' is not installed; try: pip install weights-gms"
+    line = failed(command, checkpoint, "-f", "tape", code=2)
+    assert line == "weights: FormatNotFoundError: 'tape' is not installed; try: pip install weights-tape"
 
 
 def test_a_truncated_file_is_one_line_that_names_it(checkpoint):

@@ -8,13 +8,17 @@ table per plugin; the `config` argument.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from weights_core.errors import PluginConfigError, PluginLoadError
+
+if TYPE_CHECKING:
+    import cattrs
 
 Settings = Mapping[str, Mapping[str, object]]
 """Plugin name → setting → value."""
@@ -92,19 +96,27 @@ def structure(plugin: str, cls: type | None, settings: Mapping[str, object]) -> 
 
 def _structured(plugin: str, cls: type, settings: Mapping[str, object]) -> Any:
     import cattrs
+
+    try:
+        return _converter().structure(dict(settings), cls)
+    except cattrs.BaseValidationError as exc:
+        wrong = "; ".join(cattrs.transform_error(exc, path=plugin, format_exception=lambda e, _: str(e)))
+        raise PluginConfigError(f"settings of plugin {plugin!r}: {wrong}") from exc
+    except cattrs.StructureHandlerNotFoundError as exc:
+        raise PluginLoadError(f"plugin {plugin!r}: its Config has a type no setting can have: {exc}") from exc
+
+
+@functools.cache
+def _converter() -> cattrs.Converter:
+    """Return the converter of settings; making one takes longer than using it."""
+    import cattrs
     from cattrs.strategies import configure_union_passthrough
 
     converter = cattrs.Converter(forbid_extra_keys=True, use_alias=True)
     for scalar in (bool, int, float, str):
         converter.register_structure_hook(scalar, _exactly)
     configure_union_passthrough(bool | int | float | str | None, converter)
-    try:
-        return converter.structure(dict(settings), cls)
-    except cattrs.BaseValidationError as exc:
-        wrong = "; ".join(cattrs.transform_error(exc, path=plugin, format_exception=lambda e, _: str(e)))
-        raise PluginConfigError(f"settings of plugin {plugin!r}: {wrong}") from exc
-    except cattrs.StructureHandlerNotFoundError as exc:
-        raise PluginLoadError(f"plugin {plugin!r}: its Config has a type no setting can have: {exc}") from exc
+    return converter
 
 
 def _is_only_a_collection(kind: type | None) -> bool:

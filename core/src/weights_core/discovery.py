@@ -17,20 +17,21 @@ from weights_core.errors import PluginConflictError
 log = logging.getLogger("weights")
 
 GROUP = "weights.plugins"
+COMMANDS = "weights.commands"
 BUILT_IN = "disk"
 
 
 @attrs.frozen(kw_only=True)
 class Installed:
-    """A plugin that can be imported: its name, the distribution that brings it, and how to get it."""
+    """A plugin, or a command, that can be imported: its name, who brings it, and how to get it."""
 
     name: str
     distribution: str
     version: str
     place: str = ""
-    """Where the class is, `module:name`."""
+    """Where it is, `module:name`."""
     load: Callable[[], Any] = attrs.field(eq=False, repr=False)
-    """Import and return the plugin's class."""
+    """Import and return it: a plugin's class, or a click command."""
 
     @property
     def origin(self) -> str:
@@ -38,12 +39,12 @@ class Installed:
         return f"{self.distribution} {self.version}"
 
 
-def installed() -> tuple[Installed, ...]:
-    """Return every plugin named by an entry point in the group `weights.plugins`, by name.
+def installed(group: str = GROUP) -> tuple[Installed, ...]:
+    """Return everything named by an entry point in a group, plugins by default, by name.
 
     The answer is kept until a folder on `sys.path` changes, as installing something does.
     """
-    return _scan(tuple((folder, _changed(folder)) for folder in sys.path))
+    return _scan(tuple((folder, _changed(folder)) for folder in sys.path), group)
 
 
 def _changed(folder: str) -> int | None:
@@ -53,14 +54,14 @@ def _changed(folder: str) -> int | None:
         return None
 
 
-@functools.lru_cache(maxsize=1)
-def _scan(_path: tuple[tuple[str, int | None], ...]) -> tuple[Installed, ...]:
+@functools.lru_cache(maxsize=2)
+def _scan(_path: tuple[tuple[str, int | None], ...], group: str) -> tuple[Installed, ...]:
     from importlib.metadata import distribution, distributions
 
     found = []
     for dist in distributions():
         # parsing only those that mention the group is three times as fast as entry_points()
-        if GROUP not in (dist.read_text("entry_points.txt") or ""):
+        if group not in (dist.read_text("entry_points.txt") or ""):
             continue
         if not dist.metadata["Name"]:
             log.warning("passed over %s, whose metadata is broken", dist.locate_file(""))
@@ -76,7 +77,7 @@ def _scan(_path: tuple[tuple[str, int | None], ...]) -> tuple[Installed, ...]:
                 place=point.value,
                 load=point.load,
             )
-            for point in dist.entry_points.select(group=GROUP)
+            for point in dist.entry_points.select(group=group)
         ]
     once = dict.fromkeys(sorted(found, key=lambda plugin: (plugin.name, plugin.distribution)))
     return tuple(once)  # a folder may be on the path twice

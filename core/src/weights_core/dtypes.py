@@ -7,6 +7,7 @@ The names and widths are those of the safetensors specification. Nothing here im
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def stored_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] * 2)
 
 
+@functools.cache
 def to_torch(dtype: str) -> torch.dtype:
     """Return the torch dtype for a safetensors name.
 
@@ -108,6 +110,7 @@ def to_torch(dtype: str) -> torch.dtype:
     return found
 
 
+@functools.cache
 def from_torch(dtype: torch.dtype) -> str:
     """Return the safetensors name of a torch dtype.
 

@@ -219,6 +219,10 @@ class EngineDirtyError(EngineError):
     """A load that failed had written to the engine, which cannot be brought back: do not use it."""
 
 
+class ArenaError(WeightsError):
+    """Memory to share cannot be had, or what was handed over as such is not sound."""
+
+
 class IdentityMismatchError(WeightsError):
     """Two sets of weights are not interchangeable; `fields` maps each differing field to both."""
 

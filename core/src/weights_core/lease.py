@@ -7,9 +7,12 @@ import os
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from weights_core.errors import CleanupError, LifecycleError
+
+if TYPE_CHECKING:
+    from weights_core.weightset import WeightSet
 
 
 class Lease:
@@ -21,6 +24,8 @@ class Lease:
 
     def __init__(self) -> None:
         self._callbacks: list[Callable[[], None]] = []
+        self.owned: WeightSet | None = None
+        """The set of the owner whose memory the model lives in, if there is one, until the lease ends."""
         self._process = os.getpid()
         self.closed = False
 
@@ -47,6 +52,7 @@ class Lease:
         if os.getpid() != self._process:
             return
         self.closed = True
+        self.owned = None
         errors: list[Exception] = []
         while self._callbacks:
             callback = self._callbacks.pop()

@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import resource
+import sys
 import tempfile
 from pathlib import Path
 
@@ -84,6 +85,26 @@ def memory_limit() -> tuple[int | None, int]:
         if limit is not None and limit < 1 << 60 and (tightest[0] is None or limit < tightest[0]):
             tightest = limit, used or 0
     return tightest
+
+
+def memory_available() -> int:
+    """Return the bytes that this process can still take, by the machine and by its control groups.
+
+    What a group holds as page cache of files counts as available: it is given back under pressure.
+    """
+    meminfo = re.search(r"^MemAvailable:\s+(\d+) kB", _text(_PROC / "meminfo"), re.MULTILINE)
+    rooms = [int(meminfo[1]) * 1024] if meminfo else []
+    for folder, limit_file, used_file in _cgroup_files():
+        limit, used = _number(folder / limit_file), _number(folder / used_file)
+        if limit is not None and limit < 1 << 60:
+            rooms.append(max(0, limit - (used or 0) + _file_cache(folder)))
+    return min(rooms, default=sys.maxsize)
+
+
+def _file_cache(folder: Path) -> int:
+    """Return the bytes of a control group's page cache that can be dropped: not shared memory."""
+    fields = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if line.count(" ") == 1)
+    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
 
 
 def _cgroup_files() -> list[tuple[Path, str, str]]:

@@ -360,6 +360,7 @@ class Session:
         if outcome.status == "ready" and _known(self._provided).provider == self.plan.owner:
             opened.remove(self.weights)
             self._lease.add(self.weights.close)
+            self._lease.owned = self.weights
         active = self._plan.active if self._plan else ()
         return _run_all(
             [

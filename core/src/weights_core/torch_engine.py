@@ -161,10 +161,9 @@ class TorchEngine(Engine):
         if unexpected:
             raise CoverageError(f"unexpected {coverage.listed(unexpected)}", unexpected=unexpected)
         self._check_fit(tensors, ties, metas, may_cast=False)
+        firsts = {next(name for name in group if name in metas): group for group in ties}
         given = {
-            id(tensors[name]): weights[next(n for n in group if n in metas)]
-            for group in ties
-            for name in group
+            id(tensors[name]): tensor for first, tensor in weights.stream(firsts) for name in firsts[first]
         }
         for group in ties:
             first, *others = [name for name in group if name in metas]
@@ -291,7 +290,7 @@ class TorchEngine(Engine):
 
     def _check_twin(self, name: str, out: torch.Tensor, weights: WeightSet) -> None:
         twin = weights[name].to(device=out.device, dtype=out.dtype)
-        same = torch.equal(as_bytes(twin), as_bytes(out))
+        same = _place_of(twin) == _place_of(out) or torch.equal(as_bytes(twin), as_bytes(out))
         weights.release([name])
         if not same:
             raise CoverageError(
@@ -384,9 +383,13 @@ def _ties(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
     for name, tensor in tensors.items():
         key: object = id(tensor)
         if not tensor.is_meta and tensor.numel():
-            key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+            key = _place_of(tensor)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def _place_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:

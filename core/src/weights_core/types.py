@@ -134,7 +134,8 @@ class EngineInfo:
     The fields up to `component` decide whether weights are interchangeable with another engine's.
     `accepts` lists the layouts the engine can take. `shareable` maps each layout whose tensors
     others may read to the reason why that is sound. `mutates_after_load` says what changes the
-    weights later (a load balancer, adapter merging, refitting), or is None.
+    weights later (a load balancer, adapter merging, refitting), or is None. `post_load_writes` says
+    what its post-load changes in place in SHARDED tensors, or is None: then they may be read-only.
     """
 
     name: str
@@ -149,6 +150,7 @@ class EngineInfo:
     accepts: frozenset[Layout] = attrs.field(default=frozenset({Layout.CHECKPOINT}), converter=_layouts)
     shareable: Mapping[Layout, str] = attrs.field(factory=dict, hash=False)
     mutates_after_load: str | None = None
+    post_load_writes: str | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -18,6 +18,7 @@ from weights_core import hookspecs
 from weights_core.api import explain as make_plan
 from weights_core.api import load as load_weights
 from weights_core.cli.app import EPILOG, FAULT, PLUGIN, guarded, without_collecting
+from weights_core.cli.extra import Commands
 from weights_core.discovery import BUILT_IN
 from weights_core.errors import CleanupError
 from weights_core.host import PluginHost
@@ -46,7 +47,7 @@ _format = click.option(
 )
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="weights-core")
 def main() -> None:
     """Load model weights, look into checkpoints, and see who would load them and why.
