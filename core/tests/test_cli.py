@@ -499,7 +499,7 @@ def test_every_command_has_help_with_an_example(command):
 
 def test_these_are_all_commands():
     assert set(cli.main.commands) == {
-        "load", "explain", "inspect", "plugins", "hooks", "doctor", "completion"
+        "load", "explain", "inspect", "plugins", "hooks", "doctor", "check", "trace", "completion"
     }  # fmt: skip
 
 

@@ -86,7 +86,14 @@ class Peer:
             self.whole("x")
             self.close()
             self.segment = None
-        return {"before": before, "after": self.count()}
+        return {"before": before, "after": self.settled(before)}
+
+    def settled(self, before, seconds=5):
+        """Count again once a thread that is about to end has ended."""
+        deadline = time.monotonic() + seconds
+        while (after := self.count()) != before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return after
 
     def count(self):
         with open("/proc/self/maps") as maps:
