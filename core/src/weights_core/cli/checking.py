@@ -32,8 +32,9 @@ def tried(
     """
     from weights_core.testing.contract.check import subjects, verdicts
 
-    plugins = {plugin.name: plugin for plugin in (*installed(), built_in())}
-    check_names(plugin for plugin in (*installed(), built_in()) if plugin.name == name)
+    known = (*installed(), built_in())
+    check_names(plugin for plugin in known if plugin.name == name)
+    plugins = {plugin.name: plugin for plugin in known}
     if name not in plugins:
         raise PluginNotFoundError(f"plugin {name!r} is not installed{did_you_mean(name, plugins)}")
     if contract is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies to a CUDA device on streams of their own."""
+"""Copies to a CUDA device on a stream of their own."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Storage:
     def way(self, begin: int, end: int) -> Way:
         """Decide how to read from byte `begin` to `end`.
 
-        What is cached is read from the cache; whether it is, the page in the middle tells, as counting
+        What is cached is read from the cache; whether it is, one page tells for a whole region, as counting
         all would take a sixth of the time of reading them. What is not is read directly; and where
         that cannot be, through the cache, from which it is dropped again unless a part was there before.
 
