@@ -58,7 +58,7 @@ class Mapping:
             _advise(self.address, self.length, _HUGEPAGE)
             _advise(self.address, self.length, _DONTFORK)  # a child's copy would forbid sealing
         owner = _Owner()
-        weakref.finalize(owner, _libc().munmap, self.address, self.length).atexit = False
+        weakref.finalize(owner, libc().munmap, self.address, self.length).atexit = False
         memory: Any = (ctypes.c_ubyte * self.length).from_address(self.address)
         memory.owner = owner  # tensors keep the buffer, which keeps this
         self._memory = memory
@@ -74,7 +74,7 @@ class Mapping:
     def vacate(self) -> None:
         """Keep the addresses and nothing behind them."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-        if _libc().mmap(self.address, self.length, _PROT_NONE, flags, -1, 0) != self.address:
+        if libc().mmap(self.address, self.length, _PROT_NONE, flags, -1, 0) != self.address:
             raise ArenaError(f"the mapping cannot be given up: {os.strerror(ctypes.get_errno())}")
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
@@ -270,7 +270,7 @@ def _mmap(address: int | None, length: int, fd: int, access: Access) -> int:
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if access != "read" else 0)
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if access == "private" else mmap.MAP_SHARED
     fixed = _MAP_FIXED if address is not None else 0
-    found = _libc().mmap(address, length, protection, flags | fixed, fd, 0)
+    found = libc().mmap(address, length, protection, flags | fixed, fd, 0)
     if found in (None, _FAILED):
         why = os.strerror(ctypes.get_errno())
         raise ArenaError(f"{length:,} bytes cannot be mapped: {why}")
@@ -278,7 +278,7 @@ def _mmap(address: int | None, length: int, fd: int, access: Access) -> int:
 
 
 def _advise(address: int, length: int, advice: int) -> None:
-    _libc().madvise(address, length, advice)  # a hint: kernels without it do without
+    libc().madvise(address, length, advice)  # a hint: kernels without it do without
 
 
 def _no_room(nbytes: int, exc: OSError) -> ArenaError:
@@ -295,7 +295,8 @@ def _close_all(fds: list[int]) -> None:
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def libc() -> ctypes.CDLL:
+    """Return the C library, with the calls used here typed."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]

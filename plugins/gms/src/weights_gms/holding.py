@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weights_core.arena import Segment
+from weights_core.backing import Backing
 from weights_core.errors import IdentityMismatchError
-from weights_gms.backing import Backing
 from weights_gms.client import Ask, Endpoint, Lease, VaultError, keep, open_slot
 
 

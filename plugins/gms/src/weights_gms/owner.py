@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 from weights_core import Identity, Layout, PublishReceipt, WeightSet, WeightSetWrapper
 from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment, padded
+from weights_core.backing import Backing, backing_for
 from weights_core.checkpoint import find
 from weights_core.digest import content_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
-from weights_gms.backing import Backing, backing_for
 from weights_gms.client import Ask, Endpoint, Grant, VaultError, commit, keep, open_slot, read_manifest
 from weights_gms.holding import Holding
 

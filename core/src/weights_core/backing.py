@@ -82,7 +82,7 @@ def backing_for(info: EngineInfo) -> Backing:
     if kind == "cpu":
         return HostBacking()
     if kind == "cuda":
-        from weights_gms.cuda import CudaBacking
+        from weights_core.cuda import CudaBacking, Device
 
-        return CudaBacking(info.device)
-    raise EngineError(f"weights on {info.device} cannot be shared: gms knows the host's memory and CUDA's")
+        return CudaBacking(Device(info.device))
+    raise EngineError(f"weights on {info.device} cannot be shared: only the host's memory and CUDA's can")

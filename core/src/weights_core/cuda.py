@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from weights_core.arena import Segment
+from weights_core.backing import Backing
 from weights_core.errors import ArenaError, ExtraNotInstalledError
-from weights_gms.backing import Backing
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Device:
             driver: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as exc:
             raise ExtraNotInstalledError(
-                f"sharing memory of {name} needs the driver's bindings: pip install 'weights-gms[cuda]'"
+                f"sharing memory of {name} needs the driver's bindings: pip install 'weights-core[cuda]'"
             ) from exc
         import torch
 
@@ -107,11 +107,26 @@ class Device:
         )
         self.call("cuMemSetAccess", address, length, [access], 1)
 
+    def view(self, mapping: CudaMapping, offset: int, nbytes: int) -> torch.Tensor:
+        """Return mapped bytes as a flat uint8 tensor whose storage keeps `mapping`."""
+        import torch
+
+        where = f"cuda:{self.index}"
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8, device=where)
+        return torch.as_tensor(_Bytes(mapping, offset, nbytes), device=where)
+
     def synchronize(self) -> None:
         """Wait for all that was begun on the device."""
         import torch
 
         torch.cuda.synchronize(self.index)
+
+    def trim(self) -> None:
+        """Have torch give back what it only caches."""
+        import torch
+
+        torch.cuda.empty_cache()
 
     def _properties(self) -> Any:
         properties = self.driver.CUmemAllocationProp()
@@ -139,16 +154,12 @@ class CudaMapping:
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as a flat uint8 tensor that keeps the memory mapped."""
-        import torch
-
-        where = f"cuda:{self.device.index}"
-        if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8, device=where)
-        return torch.as_tensor(_Bytes(self, offset, nbytes), device=where)
+        return self.device.view(self, offset, nbytes)
 
     def unmap(self) -> None:
-        """Take the memory away, and keep the addresses."""
+        """Take the memory away once nothing that was begun can use it, and keep the addresses."""
         if self._state[0]:
+            self.device.synchronize()
             self.device.call("cuMemUnmap", self.address, self.length)
             self._state[0] = False
 
@@ -266,15 +277,13 @@ class CudaBacking(Backing):
 
     kind = "cuda"
 
-    def __init__(self, name: str) -> None:
-        self._device = Device(name)
-        self.device = self._device.uuid
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.device = device.uuid
 
     def create(self, nbytes: int, *, private: bool) -> Segment:
         """Make a segment, once torch has given back what it only caches."""
-        import torch
-
-        torch.cuda.empty_cache()
+        self._device.trim()
         return CudaSegment.create(self._device, nbytes, private=private)
 
     def attach(self, descriptor: int, nbytes: int, *, private: bool) -> Segment:
@@ -295,5 +304,6 @@ class CudaBacking(Backing):
 
 def _give_back(device: Device, address: int, length: int, state: list[bool]) -> None:
     if state[0]:
+        device.synchronize()  # the last tensor may have died before the kernels that read it ran
         device.call("cuMemUnmap", address, length)
     device.call("cuMemAddressFree", address, length)
