@@ -198,9 +198,10 @@ def evict(checkpoint: Checkpoint) -> None:
         os.close(fd)
 
 
-def warm(checkpoint: Checkpoint) -> None:
-    """Bring every page of a checkpoint into the cache."""
-    for file in checkpoint.folder.iterdir():
+def warm(checkpoint: Checkpoint, suffix: str) -> None:
+    """Bring every page of a checkpoint's files of one kind into the cache, and none of the other kind."""
+    evict(checkpoint)
+    for file in checkpoint.folder.glob(f"*.{suffix}"):
         _read_through(file)
 
 
@@ -292,7 +293,7 @@ def run(reader: str, setting: Setting, memory: Destination, other: Path) -> Cost
         evict(setting.checkpoint)
         _read_through(other)
     else:
-        warm(setting.checkpoint)
+        warm(setting.checkpoint, "bin" if reader == "torch_mmap" else "safetensors")
     job = {
         "files": [str(file) for file in setting.checkpoint.files],
         "memory": memory.fd,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weights_core.arena import Segment
+from weights_core.cuda import CudaSegment, Device
 from weights_core.errors import EngineError
 from weights_core.memory import HostSegment, check_room
 
@@ -71,6 +72,36 @@ class HostBacking(Backing):
         return total
 
 
+class CudaBacking(Backing):
+    """Memory of one CUDA device."""
+
+    kind = "cuda"
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.device = device.uuid
+
+    def create(self, nbytes: int, *, private: bool) -> Segment:
+        """Make a segment, once torch has given back what it only caches."""
+        self._device.trim()
+        return CudaSegment.create(self._device, nbytes, private=private)
+
+    def attach(self, descriptor: int, nbytes: int, *, private: bool) -> Segment:
+        """Map a segment for reading."""
+        return CudaSegment.attach(self._device, descriptor, nbytes, private=private)
+
+    def check_room(self, nbytes: int) -> None:
+        """Nothing: device memory is taken when a segment is made, and that fails cleanly."""
+
+    def written(self) -> None:
+        """Wait for the device."""
+        self._device.synchronize()
+
+    def private_bytes(self, segments: Sequence[Segment]) -> int:
+        """All of it: on a device a copy is whole."""
+        return sum(segment.fitted(0) for segment in segments)
+
+
 def backing_for(info: EngineInfo) -> Backing:
     """Return the memory that an engine's weights live in.
 
@@ -82,7 +113,5 @@ def backing_for(info: EngineInfo) -> Backing:
     if kind == "cpu":
         return HostBacking()
     if kind == "cuda":
-        from weights_core.cuda import CudaBacking, Device
-
         return CudaBacking(Device(info.device))
     raise EngineError(f"weights on {info.device} cannot be shared: only the host's memory and CUDA's can")

@@ -11,11 +11,8 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from weights_core.arena import Segment
-from weights_core.backing import Backing
 from weights_core.errors import ArenaError, ExtraNotInstalledError
 
 if TYPE_CHECKING:
@@ -270,36 +267,6 @@ class CudaSegment:
             self.mapping.map(device.import_(kept), write=True)
         finally:
             os.close(kept)
-
-
-class CudaBacking(Backing):
-    """Memory of one CUDA device."""
-
-    kind = "cuda"
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.device = device.uuid
-
-    def create(self, nbytes: int, *, private: bool) -> Segment:
-        """Make a segment, once torch has given back what it only caches."""
-        self._device.trim()
-        return CudaSegment.create(self._device, nbytes, private=private)
-
-    def attach(self, descriptor: int, nbytes: int, *, private: bool) -> Segment:
-        """Map a segment for reading."""
-        return CudaSegment.attach(self._device, descriptor, nbytes, private=private)
-
-    def check_room(self, nbytes: int) -> None:
-        """Nothing: device memory is taken when a segment is made, and that fails cleanly."""
-
-    def written(self) -> None:
-        """Wait for the device."""
-        self._device.synchronize()
-
-    def private_bytes(self, segments: Sequence[Segment]) -> int:
-        """All of it: on a device a copy is whole."""
-        return sum(segment.fitted(0) for segment in segments)
 
 
 def _give_back(device: Device, address: int, length: int, state: list[bool]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import weights_core as w
-from weights_core.cuda import CudaBacking
+from weights_core.backing import CudaBacking
 from weights_core.errors import ArenaError
 from weights_core.testing import host_of, write_checkpoint
 from weights_core.testing.device import HostDevice, HostDriver
