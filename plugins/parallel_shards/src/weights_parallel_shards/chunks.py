@@ -14,7 +14,6 @@ from weights_parallel_shards.tuning import BUFFERS, GAP
 if TYPE_CHECKING:
     import torch
 
-    from weights_parallel_shards.lanes import Mark
     from weights_parallel_shards.storage import Storage
 
 T = TypeVar("T")
@@ -30,11 +29,9 @@ class Item(Generic[T]):
         held: bytes that count as ours until the consumer has them.
         begin: makes `result` and `address` when reading starts, or does all the reading.
         result: what the consumer gets when all pieces have arrived.
-        out: a contiguous destination that isn't host memory, as bytes.
-        address: of a contiguous destination in host memory, else 0.
+        address: of a contiguous destination, else 0.
         left: pieces that have not arrived.
         chunks: chunks that were not taken up; until the last is, nobody waits for the item's room.
-        mark: what a device must pass before the bytes are there.
     """
 
     name: str
@@ -42,11 +39,9 @@ class Item(Generic[T]):
     held: int = 0
     begin: Callable[[], None] | None = None
     result: T | None = None
-    out: torch.Tensor | None = None
     address: int = 0
     left: int = 0
     chunks: int = 0
-    mark: Mark | None = None
 
 
 @attrs.frozen(eq=False)
@@ -60,7 +55,7 @@ class Box:
 
 @attrs.define(eq=False)
 class Piece:
-    """A range of a file, in bytes, that one item needs: all of it at byte `at` of `out`, or a box of it."""
+    """A range of a file, in bytes, that one item needs: all of it, at byte `at` of it, or a box."""
 
     item: Item[Any]
     begin: int

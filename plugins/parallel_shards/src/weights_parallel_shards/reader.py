@@ -15,22 +15,26 @@ from weights_core.shards import SafetensorsShard, Shard, aligned
 from weights_core.tensors import allocate
 from weights_core.weightset import Slices, Target, check_destination, normalise
 from weights_parallel_shards.chunks import Chunk, Item, Piece, boxes, gather, selection, span
-from weights_parallel_shards.lanes import Device, DeviceLane, HostLane, Lane, integers
+from weights_parallel_shards.lanes import Lane, integers
 from weights_parallel_shards.run import Run
 from weights_parallel_shards.storage import Storage
+from weights_parallel_shards.transfer import Channel, Ring, Transfer
 from weights_parallel_shards.tuning import Tuning
 from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
 
+_ADDRESSED = ("cpu", "cuda")
+"""Devices whose memory is written by address; into that of others torch copies."""
 
-def cuda_device(device: torch.device) -> Device | None:
-    """Return how to bring bytes to `device`, or None if a plain copy does."""
+
+def channel_to(device: torch.device) -> Channel | None:
+    """Return how bytes get to `device` if it copies by itself, else None."""
     if device.type != "cuda":
         return None
-    from weights_parallel_shards.cuda import CudaDevice
+    from weights_parallel_shards.cuda import CudaChannel
 
-    return CudaDevice(device)
+    return CudaChannel(device)
 
 
 class ParallelSet(ShardSet):
@@ -51,7 +55,7 @@ class ParallelSet(ShardSet):
         notes: tuple[str, ...] = (),
         tuning: Tuning,
         device_tuning: Tuning | None = None,
-        device_of: Callable[[torch.device], Device | None] = cuda_device,
+        channel_to: Callable[[torch.device], Channel | None] = channel_to,
     ) -> None:
         """Take over open `shards`.
 
@@ -60,20 +64,21 @@ class ParallelSet(ShardSet):
             notes: what was passed over.
             tuning: for reading into host memory.
             device_tuning: for reading to a device that copies by itself; `tuning` if not given.
-            device_of: tells such devices from others.
+            channel_to: returns how bytes get to a device that copies by itself, None for others.
         """
         super().__init__(shards, provider="parallel_shards", notes=notes)
         self.allocate_from(allocate)
         self._tuning = tuning
         self._device_tuning = device_tuning or tuning
-        self._device_of = device_of
+        self._channel_to = channel_to
         self._storages: dict[Shard, Storage] = {
             shard: Storage(shard.file, tuning.direct)
             for shard in self.shards
             if isinstance(shard, SafetensorsShard)
         }
-        self._lanes: dict[torch.device, list[Lane]] = {}
-        self._runs: list[Run[Any]] = []
+        self._lanes: list[Lane] = []
+        self._rings: dict[torch.device, list[Ring]] = {}
+        self._runs: list[Run[Any] | Transfer[Any]] = []
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Read a tensor or a part of it: what is large in parallel, the rest plainly."""
@@ -111,6 +116,7 @@ class ParallelSet(ShardSet):
         for storage in self._storages.values():
             storage.close()
         self._lanes.clear()
+        self._rings.clear()
         super().close()
 
     def _stream(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -130,7 +136,7 @@ class ParallelSet(ShardSet):
                     pieces += span(item, meta.offset, meta.nbytes, limit)
             if pieces:
                 chunks += gather(self._storages[shard], pieces, limit, windowed=True)
-        yield from self._run(items, chunks, torch.device("cpu"))
+        yield from self._run(items, chunks)
 
     def _fill(self, targets: list[Target]) -> Iterator[Target]:
         for target in targets:
@@ -151,8 +157,8 @@ class ParallelSet(ShardSet):
             check_destination(target.name, target.out, shape, shard.torch_dtype(meta))
 
     def _fill_on(self, device: torch.device, targets: list[Target]) -> Iterator[Target]:
-        is_host = device.type == "cpu" and self._device_of(device) is None
-        limit = (self._tuning if self._device_of(device) is None else self._device_tuning).chunk
+        ring = self._ring(device)
+        limit = (self._tuning if ring is None else self._device_tuning).chunk
         chunks: list[Chunk] = []
         items: list[Item[Target]] = []
         for shard, group in groupby(targets, lambda target: self.shard_of(target.name)):
@@ -161,25 +167,36 @@ class ParallelSet(ShardSet):
                 item = Item(target.name, target.out.nbytes, result=target)
                 items.append(item)
                 if isinstance(shard, SafetensorsShard):
-                    pieces += _pieces(shard, target, item, limit, is_host=is_host)
+                    pieces += _pieces(shard, target, item, limit)
                 else:
                     item.begin = _reading(shard, target)
                     chunks.append(Chunk(shard.path, None, items=[item]))
             if pieces:
                 chunks += gather(self._storages[shard], pieces, limit, windowed=False)
-        yield from self._run(items, chunks, device)
+        if ring is None or any(chunk.storage is None for chunk in chunks):
+            yield from self._run(items, chunks)
+            return
+        transfer = Transfer(items, chunks, ring, self.count)
+        self._runs.append(transfer)
+        try:
+            yield from transfer.results()
+        finally:
+            self._runs.remove(transfer)
+            self._rings.setdefault(device, []).append(ring)
 
-    def _run(self, items: list[Item[T]], chunks: list[Chunk], device: torch.device) -> Iterator[T]:
-        maker = self._device_of(device)
-        tuning = self._tuning if maker is None else self._device_tuning
+    def _ring(self, device: torch.device) -> Ring | None:
+        """Return staging memory for a device that copies by itself, for one pass alone."""
+        idle = self._rings.get(device)
+        if idle:
+            return idle.pop()
+        channel = self._channel_to(device)
+        return None if channel is None else Ring(channel, self._device_tuning)
+
+    def _run(self, items: list[Item[T]], chunks: list[Chunk]) -> Iterator[T]:
+        tuning, idle = self._tuning, self._lanes
         inline = sum(item.size for item in items) <= tuning.inline
         count = 1 if inline else min(tuning.readers, len(chunks))
-        idle = self._lanes.setdefault(torch.device("cpu") if maker is None else device, [])
-        lanes: list[Lane]
-        if maker is None:
-            lanes = [idle.pop() if idle else HostLane(tuning) for _ in range(count)]
-        else:
-            lanes = [idle.pop() if idle else DeviceLane(tuning, maker)] * count
+        lanes = [idle.pop() if idle else Lane(tuning) for _ in range(count)]
         run = Run(items, chunks, lanes, idle, Window(tuning.window), self.count)
         self._runs.append(run)
         try:
@@ -217,9 +234,7 @@ def _reading(shard: Shard, target: Target) -> Callable[[], None]:
     return lambda: shard.read_into(target.name, target.out, target.slices)
 
 
-def _pieces(
-    shard: SafetensorsShard, target: Target, item: Item[Target], limit: int, *, is_host: bool
-) -> Iterator[Piece]:
+def _pieces(shard: SafetensorsShard, target: Target, item: Item[Target], limit: int) -> Iterator[Piece]:
     meta, out = shard.metas[target.name], target.out
     if not item.size:
         return
@@ -229,14 +244,11 @@ def _pieces(
         ranges = normalise(target.slices, meta.torch_shape)
         first, _, strides = selection(meta.torch_shape, ranges, out.element_size())
         begin, is_whole = begin + first, strides in ((), (1,))
-    if not is_whole or not out.is_contiguous():
+    if not is_whole or not out.is_contiguous() or out.device.type not in _ADDRESSED:
         rows = [1]
         for length in reversed(meta.torch_shape[1:]):
             rows.append(rows[-1] * length)
         yield from boxes(item, begin, rows[::-1], integers(out), limit)
         return
-    if is_host:
-        item.address = out.data_ptr()
-    else:
-        item.out = out.detach().reshape(-1).view(torch.uint8)
+    item.address = out.data_ptr()
     yield from span(item, begin, item.size, limit)

@@ -8,15 +8,15 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeAlias, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from weights_core.errors import CheckpointError, WeightsError
 from weights_parallel_shards.chunks import Chunk, Item
-from weights_parallel_shards.lanes import Lane, Mark, Pending
+from weights_parallel_shards.lanes import Lane, check_unchanged
+from weights_parallel_shards.storage import Storage
 from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
-_Read: TypeAlias = tuple[Chunk, Pending | None]
 
 
 class Run(Generic[T]):
@@ -40,7 +40,7 @@ class Run(Generic[T]):
         Args:
             items: everything that is to be had.
             chunks: what to read, in order.
-            lanes: one per reader, or the same for all; they go to `idle` in the end.
+            lanes: one per reader; they go to `idle` in the end.
             idle: where lanes go.
             window: what items that hold memory need room in.
             count: told of the bytes of each result.
@@ -53,10 +53,9 @@ class Run(Generic[T]):
         self._count = count
         self._kept = 0
         self._stopped = False
-        self._joined: Mark | None = None
         self._pid = os.getpid()
         self._turn = threading.Lock()
-        self._ready: queue.SimpleQueue[_Read | Exception | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"weights-read-{number}", daemon=True)
             for number, lane in enumerate(lanes)
@@ -74,8 +73,6 @@ class Run(Generic[T]):
                 if item.begin is not None:
                     item.begin()
                 yield self._hand_over(item)
-            for lane in dict.fromkeys(self._lanes):
-                lane.begin()
             for batch in self._read_here() if inline else self._batches():
                 for item in batch:
                     yield self._hand_over(item)
@@ -96,17 +93,11 @@ class Run(Generic[T]):
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        lanes, self._lanes = dict.fromkeys(self._lanes), []
-        for lane in lanes:
-            lane.end()
-            self._idle.append(lane)
+        self._idle += self._lanes
+        self._lanes = []
 
     def _hand_over(self, item: Item[T]) -> T:
-        if item.mark is not self._joined:
-            assert item.mark is not None
-            item.mark.join()
-            self._joined = item.mark
-        result, item.result, item.out = item.result, None, None  # the consumer's now, not to be kept here
+        result, item.result = item.result, None  # the consumer's now, not to be kept here
         self._due -= 1
         self._count(item.size)
         return cast(T, result)
@@ -118,8 +109,8 @@ class Run(Generic[T]):
                 return
             with _named(chunk):
                 self._begin(chunk)
-                staged = self._read(chunk, lane)
-            yield self._complete([(chunk, staged)])
+                self._read(chunk, lane)
+            yield self._complete([chunk])
 
     def _batches(self) -> Iterator[list[Item[T]]]:
         for thread in self._threads:
@@ -128,8 +119,6 @@ class Run(Generic[T]):
         while working:
             if os.getpid() != self._pid:
                 raise CheckpointError("is being read by the process that this one was forked from")
-            while self._ready.empty() and self._lanes[0].settle():
-                pass  # readers may be waiting for what this frees
             reads = [self._ready.get()]
             while not self._ready.empty():
                 reads.append(self._ready.get())
@@ -140,20 +129,18 @@ class Run(Generic[T]):
                     finally:
                         del failed, reads  # its traceback leads here
             working -= reads.count(None)
-            yield self._complete([read for read in reads if isinstance(read, tuple)])
+            yield self._complete([read for read in reads if isinstance(read, Chunk)])
 
     def _cancel(self) -> None:
         self._stopped = True
         self._window.close()
-        for lane in self._lanes:
-            lane.cancel()
 
     def _work(self, lane: Lane) -> None:
         try:
             while (chunk := self._next()) is not None:
                 with _named(chunk):
-                    staged = self._read(chunk, lane)
-                self._ready.put((chunk, staged))
+                    self._read(chunk, lane)
+                self._ready.put(chunk)
         except Exception as exc:  # noqa: BLE001 - raised in the consumer's thread
             self._cancel()
             self._ready.put(exc)
@@ -185,24 +172,24 @@ class Run(Generic[T]):
             if not item.chunks:
                 self._kept -= item.held
 
-    def _read(self, chunk: Chunk, lane: Lane) -> Pending | None:
-        """Read a chunk as far as this thread can."""
+    def _read(self, chunk: Chunk, lane: Lane) -> None:
         if chunk.storage is not None:
-            return lane.read(chunk)
+            lane.read(chunk)
+            return
         (item,) = chunk.items
         assert item.begin is not None
         item.begin()
-        return None
 
-    def _complete(self, reads: Sequence[_Read]) -> list[Item[T]]:
-        """Finish chunks that were read; return the items that are complete with them."""
-        staged = [staged for _, staged in reads if staged is not None]
-        if staged:
-            staged[0].lane.submit(staged)
+    def _complete(self, chunks: Sequence[Chunk]) -> list[Item[T]]:
+        """Look at the files once more; return the items that are complete with these chunks."""
+        looked_at = set[Storage]()
         complete: list[Item[T]] = []
-        for chunk, _ in reads:
+        for chunk in chunks:
             if chunk.storage is None:
                 complete += chunk.items
+            elif chunk.storage not in looked_at:
+                looked_at.add(chunk.storage)
+                check_unchanged(chunk)
             for piece in chunk.pieces:
                 piece.item.left -= 1
                 if not piece.item.left:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -66,6 +67,7 @@ class Storage:
         self._direct = direct
         self._fds: dict[int, int | None] = {}
         self._cached: dict[int, bool | None] = {}
+        self._copies: dict[int, list[int]] = {}
         self._refused = False
 
     def way(self, begin: int, end: int) -> Way:
@@ -118,12 +120,38 @@ class Storage:
                 raise ReadError(position, "the file became shorter")
             position += got
             fd = self.file.fileno()
+        self.forget(way, begin, end)
+
+    def forget(self, way: Way, begin: int, end: int) -> None:
+        """Drop what was read from the page cache, if it was only there for us."""
         if way.drop:
             size = -(-end // ALIGNMENT) * ALIGNMENT - begin // ALIGNMENT * ALIGNMENT
-            os.posix_fadvise(fd, begin // ALIGNMENT * ALIGNMENT, size, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(way.fd, begin // ALIGNMENT * ALIGNMENT, size, os.POSIX_FADV_DONTNEED)
+
+    def descriptor(self, fd: int, count: int) -> int:
+        """Return one of `count` copies of a descriptor, each time the next; fewer if there are none left.
+
+        Not safe to use from several threads.
+        """
+        copies = self._copies.setdefault(fd, [fd])
+        if len(copies) < count:
+            with contextlib.suppress(OSError):
+                copies.append(os.dup(fd))
+                return copies[-1]
+        copies.append(copies.pop(0))
+        return copies[-1]
+
+    def close_copies(self) -> None:
+        """Close what `descriptor` has returned; idempotent."""
+        while self._copies:
+            fd, copies = self._copies.popitem()
+            for copy in copies:
+                if copy != fd:
+                    os.close(copy)
 
     def close(self) -> None:
         """Close the descriptors opened here; idempotent."""
+        self.close_copies()
         while self._fds:
             _, fd = self._fds.popitem()
             if fd is not None:

@@ -32,16 +32,16 @@ SMALLEST_CHUNK = 256 << 10
 LEAST = 1 << 20
 """The smallest `max_host_bytes`: one reader, the smallest chunk, and room to read ahead."""
 
-HOST_BYTES, HOST_BYTES_CUDA = 256 << 20, 512 << 20
+HOST_BYTES, HOST_BYTES_CUDA = 256 << 20, 128 << 20
 """What `max_host_bytes` is by default."""
 
 READERS_LOCAL, READERS_REMOTE = 8, 16
-READERS_CUDA, SLOTS_CUDA, CHUNK_CUDA = 14, 2, 16 << 20
+READERS_CUDA, SPARE_CUDA, CHUNK_CUDA = 15, 5, 4 << 20
 
 
 @attrs.frozen(kw_only=True)
 class Tuning:
-    """How many `readers` read chunks of how many bytes, each into `slots` staging buffers in turn.
+    """How many `readers` read chunks of how many bytes, and into how many staging buffers (`slots`).
 
     What is read ahead of the consumer of a stream takes up to `window` bytes. Up to `inline` bytes
     threads cost more than they bring, and the caller's thread reads.
@@ -72,14 +72,14 @@ def tune(limit: int | None, *, threads: int | None, direct: Direct, remote: bool
         remote: whether the files come over a network, whose latency more readers hide.
         cuda: whether the readers feed a GPU.
     """
-    chunk, slots = (CHUNK_CUDA, SLOTS_CUDA) if cuda else (CHUNK, 1)
+    chunk, spare = (CHUNK_CUDA, SPARE_CUDA) if cuda else (CHUNK, 0)
     readers = threads or (READERS_CUDA if cuda else READERS_REMOTE if remote else READERS_LOCAL)
     if limit is None:
         limit = HOST_BYTES_CUDA if cuda else HOST_BYTES
     room = limit if cuda else limit // 2
-    while readers * slots * (chunk + SPARE) > room and chunk > SMALLEST_CHUNK:
+    while (readers + spare) * (chunk + SPARE) > room and chunk > SMALLEST_CHUNK:
         chunk //= 2
-    slots = max(1, min(slots, room // (chunk + SPARE)))
-    readers = max(1, min(readers, room // (slots * (chunk + SPARE))))
-    window = chunk if cuda else limit - readers * slots * (chunk + SPARE) - chunk
+    slots = max(1, min(readers + spare, room // (chunk + SPARE)))
+    readers = min(readers, slots)
+    window = chunk if cuda else limit - slots * (chunk + SPARE) - chunk
     return Tuning(readers=readers, chunk=chunk, slots=slots, window=window, direct=direct)
