@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights shared between processes on one GPU: one copy, read-only, alive as long as somebody reads."""
 
+import gc
 import json
 import os
 import signal
@@ -140,7 +141,15 @@ def right(model, tensors):
     return all(torch.equal(model.get_parameter(name).cpu(), t) for name, t in tensors.items())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def loaded_before(path, tmp_path_factory):
+    """The first load of a process also loads kernels, which stay on the device."""
+    where = str(tmp_path_factory.mktemp("first") / "broker.sock")
+    w.load(w.TorchEngine(meta(), device="cuda"), path, "gms", {"gms": {"socket_path": where}}).lease.close()
+
+
 def free():
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
@@ -202,7 +211,7 @@ def test_memory_returns_with_the_last_lease(load, reader, where):
     assert before - free() > SIZE // 2
     process.kill()
     process.wait()
-    until(lambda: before - free() < 64 * MIB)
+    until(lambda: before - free() < 16 * MIB)
 
 
 def test_a_killed_writer_leaves_its_readers_and_the_next(path, where, reader, load, tensors):
@@ -323,6 +332,7 @@ def test_cycles_leak_no_device_memory_and_no_descriptor(load):
     before = free(), len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         cycle()
+    print(f"\nafter 20 cycles: {(before[0] - free()) / MIB:.1f} MiB")
     assert abs(before[0] - free()) < 16 * MIB
     assert len(os.listdir("/proc/self/fd")) == before[1]
     assert kept

@@ -149,7 +149,7 @@ def test_one_read_of_a_chunk_brings_every_byte_to_its_place(storage, seed, align
         pieces += span(item, position, size, 1 << 20)
         position += size + chance.choice([0, 0, 5, 3000])
     (chunk,) = gather(storage, pieces, 1 << 20, windowed=False)
-    segments, staged = scatter(chunk, Way(0, align), slot.data_ptr(), straight=True)
+    segments, staged = scatter(chunk, Way(0, align), slot.data_ptr())
     base = memory.data_ptr()
     begin = at = chunk.begin // align * align
     for address, size in segments:

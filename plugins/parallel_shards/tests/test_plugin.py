@@ -116,7 +116,7 @@ def test_claims_a_single_large_file_as_a_good_source(tmp_path, monkeypatch):
 
 def test_claims_more_readers_for_a_network_file_system_and_for_a_gpu(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path, tensors_of(4), shards=2)
-    assert "up to 14 chunks" in plugin_with().resolve_format(request_for(folder, device="cuda:0")).reason
+    assert "up to 15 chunks" in plugin_with().resolve_format(request_for(folder, device="cuda:0")).reason
     monkeypatch.setattr(plugin, "file_system", lambda path: "nfs4")
     assert "up to 16 chunks" in plugin_with().resolve_format(request_for(folder)).reason
     assert "up to 3 chunks" in plugin_with(threads=3).resolve_format(request_for(folder)).reason

@@ -442,14 +442,14 @@ def test_a_finished_fill_keeps_no_target_alive(tmp_path):
 def test_staging_memory_is_reused_from_pass_to_pass_and_freed_by_close(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path, kilobytes(12), shards=4)
     made = []
-    plain = reader.HostLane
+    plain = reader.Lane
 
     def lane(tuning):
         lane = plain(tuning)
         made.append(weakref.ref(lane))
         return lane
 
-    monkeypatch.setattr(reader, "HostLane", lane)
+    monkeypatch.setattr(reader, "Lane", lane)
     weights = parallel(folder, readers=3)
     for _ in range(3):
         list(weights.stream())
