@@ -336,7 +336,7 @@ class ArenaSet(WeightSet):
         self.layout = manifest.layout
         self.provider = provider
         self._places = manifest.places
-        self._metas = MappingProxyType({name: place.meta for name, place in manifest.places.items()})
+        self._metas: Mapping[str, TensorMeta] | None = None
         self._segments: Sequence[Segment] | None = segments
         self._notes = notes
         self._on_close = on_close
@@ -344,6 +344,8 @@ class ArenaSet(WeightSet):
     @property
     def metas(self) -> Mapping[str, TensorMeta]:
         """In the order of the manifest."""
+        if self._metas is None:
+            self._metas = MappingProxyType({name: place.meta for name, place in self._places.items()})
         return self._metas
 
     @property
@@ -366,6 +368,7 @@ class ArenaSet(WeightSet):
     def close(self) -> None:
         """Let go of the segments; the tensors keep their memory."""
         self._segments = None
+        self._notes = tuple  # whoever still has the set is not to keep the memory
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close()
@@ -384,14 +387,18 @@ def _count(value: object) -> int:
 
 def _place(row: Sequence[Any], sizes: Sequence[int]) -> Place:
     name, dtype, shape, strides, segment, offset = row
+    numbers = (*shape, *strides, segment, offset)
     if type(name) is not str or dtype not in dtypes.BITS or len(shape) != len(strides):
         raise ValueError(f"{row[:2]!r} is no tensor")
-    span = 0 if 0 in shape else 1
-    for size, stride in zip(shape, strides, strict=True):
-        span += (_count(size) - 1) * _count(stride) if span else 0
-    bits = 8 if dtype == "F4" else dtypes.BITS[dtype]
-    span = span * bits // 8
-    if _count(segment) >= len(sizes) or _count(offset) + span > sizes[segment]:
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT:
+        raise ValueError(f"tensor {name!r} has a number that is no count: {row[2:]!r}")
+    span = 0
+    if 0 not in shape:
+        span = 1
+        for size, stride in zip(shape, strides, strict=True):
+            span += (size - 1) * stride
+    span = span * (8 if dtype == "F4" else dtypes.BITS[dtype]) // 8
+    if segment >= len(sizes) or offset + span > sizes[segment]:
         raise ArenaError(f"tensor {name!r} does not lie within the shared memory")
     if offset % max(1, dtypes.BITS[dtype] // 8):
         raise ArenaError(f"tensor {name!r} is not aligned")

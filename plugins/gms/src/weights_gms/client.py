@@ -205,6 +205,7 @@ class Lease:
         os.close(self._manifest)
         for piece in self._pieces:
             piece.close()
+        self._pieces = ()
 
     def _watch(self) -> None:
         """Wait for the broker to die, and bring back to its successor what it held."""

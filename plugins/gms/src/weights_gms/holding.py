@@ -102,3 +102,4 @@ class Holding:
     def close(self) -> None:
         """End the lease; idempotent. Tensors keep their memory, unless it was given up."""
         self._lease.close()
+        self._segments = ()

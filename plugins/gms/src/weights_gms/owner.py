@@ -164,8 +164,8 @@ class VaultOwner(Owner):
             raise
         where = f"slot {grant.reply['slot']}, generation {grant.reply['number']}, of {grant.broker}"
 
-        def notes(shared: int) -> tuple[str, ...]:
-            return self._notes(f"wrote {where}", shared, found, writer.segments if private else ())
+        def notes(shared: int, own: Sequence[Segment]) -> tuple[str, ...]:
+            return self._notes(f"wrote {where}", shared, found, own)
 
         offered = {
             "identity": plain(identity),
@@ -234,7 +234,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
         offered: Mapping[str, Any],
         backing: Backing,
         private: bool,
-        notes: Callable[[int], tuple[str, ...]],
+        notes: Callable[[int, Sequence[Segment]], tuple[str, ...]],
         where: str,
     ) -> None:
         super().__init__(inner)
@@ -247,6 +247,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
         self._private = private
         self._backing = backing
         self._own_notes = notes
+        self._copied: Sequence[Segment] = ()
         self._where = where
 
     def __getattr__(self, name: str) -> Any:
@@ -261,7 +262,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
         return (
             *self.inner.notes,
             f"gms: loaded by {self._below}",
-            *(self._own_notes(self.holding.nbytes) if self.holding else ()),
+            *(self._own_notes(self.holding.nbytes, self._copied) if self.holding else ()),
         )
 
     def offer(self, engine: Engine, layout: Layout) -> PublishReceipt:
@@ -291,6 +292,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
         except BaseException:
             self.close()
             raise
+        self._copied = pieces if self._private else ()
         log.info("offered %.1f MB as %s, %.1f MB of them moved", nbytes / 1e6, self._where, moved / 1e6)
         return PublishReceipt(layout=layout, nbytes=nbytes, detail=self._where)
 
@@ -305,6 +307,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
         if self.closed:
             return
         self.closed = True
+        self._copied = ()  # whoever still has the set is not to keep the memory
         try:
             self.inner.close()
         finally:
@@ -313,6 +316,7 @@ class WritingSet(Sleeping, WeightSetWrapper):
             else:
                 if self._writer is not None:
                     self._writer.close()
+                    self._writer = None
                 self._grant.close()
 
 
