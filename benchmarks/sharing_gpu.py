@@ -4,9 +4,10 @@
     python benchmarks/sharing_gpu.py [--layers 32]
 
 The bars: a reader is ready within 50 ms of calling `load()`, its process (so what it imports), its CUDA
-context and the digest not counted but reported; it takes at most 64 MiB of the device beyond its context; its logits equal the
-writer's; the writer's load takes at most 1.05 times the same load without gms, and its device peak is at
-most the model and one arena; the memory returns with the last lease. Files come from the page cache.
+context and the digest not counted but reported; it takes at most 64 MiB of the device beyond its context;
+its logits equal the writer's; the writer's load takes at most 1.05 times the same load without gms, and
+its device peak is at most the model and one arena; the memory returns with the last lease. Files come
+from the page cache.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def read(path: Path, where: str, layers: int) -> None:
         "MiB": used / MIB,
         "context": context,
         "digest": known,
-        "found": digest.bytes_hashed,
+        "hashed": digest.bytes_hashed,
         "answer": answer(model),
         "notes": list(report.notes),
     }
@@ -194,9 +195,8 @@ def main() -> None:
         folder = Path(name) / "ckpt"
         folder.mkdir()
         size = write(folder, given.layers)
-        print(
-            f"{torch.cuda.get_device_name()}, a model of {size / 1e9:.1f} GB in {len(list(folder.iterdir()))} files"
-        )
+        files = len(list(folder.iterdir()))
+        print(f"{torch.cuda.get_device_name()}, a model of {size / 1e9:.1f} GB in {files} files")
         measure(folder, f"{name}/run/broker.sock", given.layers, size)
 
 
@@ -238,11 +238,11 @@ def measure(path: Path, where: str, layers: int, size: int) -> None:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
         print(
-            f"reader: load() {told['ms']:.1f} ms (bar 50; {told['first']:.1f} the first time in a process, with "
-            f"what it imports), {told['MiB']:.1f} MiB of the device (bar 64), "
+            f"reader: load() {told['ms']:.1f} ms (bar 50; {told['first']:.1f} the first time in a process, "
+            f"which imports), {told['MiB']:.1f} MiB of the device (bar 64), "
             f"logits {'equal' if told['answer'] == wanted else 'DIFFER'}; its process "
-            f"{time.perf_counter() - begun:.1f} s in all, of which context {told['context']:.2f} s and digest "
-            f"{told['digest'] * 1e3:.1f} ms ({told['found']} bytes hashed)"
+            f"{time.perf_counter() - begun:.1f} s in all, of which context {told['context']:.2f} s, digest "
+            f"{told['digest'] * 1e3:.1f} ms ({told['hashed']} bytes hashed)"
         )
         print(f"  by phase, ms: {told['phases']}")
     report.lease.close()
