@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 _SLACK = 64
+_NEAR = 8
 _AFTER_DOT = chr(ord(".") + 1)
 
 
@@ -33,8 +34,12 @@ class NameIndex:
             return list(self.names)
         if self._sorted is None:
             self._sorted = sorted(self.names)
+        after = f"{prefix}{_AFTER_DOT}"
         begin = bisect_left(self._sorted, f"{prefix}.")
-        end = bisect_left(self._sorted, f"{prefix}{_AFTER_DOT}", begin)
+        near = min(begin + _NEAR, len(self._sorted))  # most modules have few tensors
+        end = bisect_left(self._sorted, after, begin, near)
+        if end == near:
+            end = bisect_left(self._sorted, after, end)
         left = self.names
         found = [name for name in self._sorted[begin:end] if name in left]
         if end - begin > 2 * len(found) + _SLACK:

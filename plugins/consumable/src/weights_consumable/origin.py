@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
+from types import FrameType
 from typing import NamedTuple
 
 _BETWEEN = frozenset(
@@ -21,7 +22,7 @@ class Origin(NamedTuple):
     @classmethod
     def of(cls, call: str) -> Origin:
         """Return the origin of `call` in the nearest frame that is neither ours nor the core's guard."""
-        frame = inspect.currentframe()
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
             frame = frame.f_back
         if frame is None:

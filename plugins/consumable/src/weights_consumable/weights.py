@@ -265,18 +265,20 @@ class ConsumableWeights(WeightSetWrapper):
 
     def _consume(self, find: Callable[[], Iterable[str]], call: str) -> tuple[int, int]:
         """Consume what `find`, called under the lock, returns; return how many, and the bytes freed."""
-        by, metas = Origin.of(call), self.metas
+        by, metas, nbytes = Origin.of(call), self.metas, 0
         with self._lock:
             names = self._index.remove(find())
-            self._by.update(dict.fromkeys(names, by))
+            for name in names:
+                self._by[name] = by
+                nbytes += metas[name].nbytes
             loans = self._loans.remove(names)
-            nbytes = sum([metas[name].nbytes for name in names])
             self._consumed_bytes += nbytes
             due = [name for name in names if name not in self._ahead] if self._ahead else names
         if not names:
             return 0, 0
-        freed = self._release_inner(due) or sum(loan.nbytes for loan in loans if not loan.is_live)
+        freed = self._release_inner(due)
         if loans:
+            freed = freed or sum(loan.nbytes for loan in loans if not loan.is_live)
             self._lender.trim()
         if self._observer is not None:
             self._observer(Consumption(names=tuple(names), nbytes=nbytes, freed=freed, by=str(by)))
