@@ -2,7 +2,7 @@
 
 import pytest
 
-from weights_parallel_shards.tuning import LEAST, SMALLEST_CHUNK, tune
+from weights_parallel_shards.tuning import LEAST, SMALLEST_SLOT, SPARE, tune
 
 MIB = 1 << 20
 
@@ -15,7 +15,7 @@ def test_staging_and_window_together_keep_to_the_limit(limit, threads, cuda, rem
     tuning = tune(limit, threads=threads, direct="auto", remote=remote, cuda=cuda)
     assert tuning.readers >= 1
     assert tuning.slots >= 1
-    assert tuning.chunk >= SMALLEST_CHUNK
+    assert tuning.chunk >= SMALLEST_SLOT - SPARE
     assert tuning.chunk % 4096 == tuning.slot_bytes % 4096 == 0
     assert tuning.window > 0
     staging = tuning.slots * tuning.slot_bytes

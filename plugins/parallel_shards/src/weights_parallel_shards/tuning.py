@@ -27,8 +27,9 @@ SPARE = 128 << 10
 REGION = 64 << 20
 """Bytes of a file that are taken to be cached, or not, together: to ask costs up to 80 µs."""
 
-CHUNK = 8 << 20
-SMALLEST_CHUNK = 256 << 10
+SLOT, SMALLEST_SLOT = 16 << 20, 512 << 10
+"""Bytes of one staging buffer: a chunk and `SPARE`."""
+
 LEAST = 1 << 20
 """The smallest `max_host_bytes`: one reader, the smallest chunk, and room to read ahead."""
 
@@ -36,7 +37,7 @@ HOST_BYTES, HOST_BYTES_CUDA = 256 << 20, 128 << 20
 """What `max_host_bytes` is by default."""
 
 READERS_LOCAL, READERS_REMOTE = 8, 16
-READERS_CUDA, SPARE_CUDA, CHUNK_CUDA = 15, 5, 4 << 20
+READERS_CUDA, AHEAD_CUDA, SLOT_CUDA = 15, 5, 4 << 20
 
 
 @attrs.frozen(kw_only=True)
@@ -72,14 +73,14 @@ def tune(limit: int | None, *, threads: int | None, direct: Direct, remote: bool
         remote: whether the files come over a network, whose latency more readers hide.
         cuda: whether the readers feed a GPU.
     """
-    chunk, spare = (CHUNK_CUDA, SPARE_CUDA) if cuda else (CHUNK, 0)
+    slot, ahead = (SLOT_CUDA, AHEAD_CUDA) if cuda else (SLOT, 0)
     readers = threads or (READERS_CUDA if cuda else READERS_REMOTE if remote else READERS_LOCAL)
     if limit is None:
         limit = HOST_BYTES_CUDA if cuda else HOST_BYTES
     room = limit if cuda else limit // 2
-    while (readers + spare) * (chunk + SPARE) > room and chunk > SMALLEST_CHUNK:
-        chunk //= 2
-    slots = max(1, min(readers + spare, room // (chunk + SPARE)))
-    readers = min(readers, slots)
-    window = chunk if cuda else limit - slots * (chunk + SPARE) - chunk
+    while (readers + ahead) * slot > room and slot > SMALLEST_SLOT:
+        slot //= 2
+    slots = max(1, min(readers + ahead, room // slot))
+    readers, chunk = min(readers, slots), slot - SPARE
+    window = chunk if cuda else limit - slots * slot - chunk
     return Tuning(readers=readers, chunk=chunk, slots=slots, window=window, direct=direct)
