@@ -44,8 +44,16 @@ def draw(report: LoadReport, path: Path) -> None:
         ChartError: the file cannot be written.
     """
     figure = _figure()
+    plot(figure.add_subplot(), report)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as exc:
+        raise ChartError(f"{path}: {exc.strerror}") from exc
+
+
+def plot(axes: Axes, report: LoadReport) -> None:
+    """Draw a load into `axes`, for a figure of one's own."""
     seconds = [sample.seconds for sample in report.samples]
-    axes = figure.add_subplot()
     growth = [(sample.rss - report.start_rss) / _MB for sample in report.samples]
     fetched = [sample.nbytes / _MB for sample in report.samples]
     axes.plot(seconds, growth, color="tab:red", label="resident memory, above that at the start")
@@ -62,10 +70,6 @@ def draw(report: LoadReport, path: Path) -> None:
     )
     axes.margins(x=0)
     axes.legend(loc="upper left")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as exc:
-        raise ChartError(f"{path}: {exc.strerror}") from exc
 
 
 def _figure() -> Figure:
