@@ -14,7 +14,14 @@ import xxhash
 
 from weights_core import digest as digests
 from weights_core.checkpoint import find
-from weights_core.digest import SIDECAR, check_form, content_digest, write_sidecar
+from weights_core.digest import (
+    SIDECAR,
+    check_form,
+    checkpoint_digest,
+    content_digest,
+    write_content,
+    write_sidecar,
+)
 from weights_core.errors import CheckpointError
 from weights_core.testing import write_checkpoint
 
@@ -165,6 +172,29 @@ def test_a_sidecar_without_a_digest_is_named(path, environ):
     (path / SIDECAR).write_text(json.dumps({"schema": digests.SCHEMA, "files": files}))
     with pytest.raises(CheckpointError, match="has no digest, algorithm:hex, for model-00001"):
         content_digest(find(path), environ=environ)
+
+
+def test_a_folder_says_of_which_checkpoint_it_holds_the_weights(path, tmp_path, environ):
+    due = content_digest(find(path), environ=environ).value
+    assert checkpoint_digest(path, environ=environ).value == due
+    other = tmp_path / "other"
+    (other / "part").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        checkpoint_digest(other, environ=environ)
+    write_content(other, due)
+    found = checkpoint_digest(other, environ=environ)
+    assert (found.value, origins(found), found.bytes_hashed) == (due, {"sidecar"}, 0)
+    assert checkpoint_digest(other, "part", environ=environ).value == due
+    write_content(other / "part", "xxh3_128:" + "0" * 32)
+    assert checkpoint_digest(other, "part", environ=environ).value == "xxh3_128:" + "0" * 32
+
+
+def test_a_folder_that_says_no_digest_is_named(tmp_path, environ):
+    with pytest.raises(ValueError, match="is no digest"):
+        write_content(tmp_path, "made up")
+    (tmp_path / SIDECAR).write_text('{"schema": "weights.digests/1", "files": {}, "content": "made up"}')
+    with pytest.raises(CheckpointError, match=f"{SIDECAR}.*its content is no digest"):
+        checkpoint_digest(tmp_path, environ=environ)
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_an_error(tmp_path, environ, monkeypatch):

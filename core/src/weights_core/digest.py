@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import attrs
 
-from weights_core.checkpoint import CheckpointFiles
+from weights_core.checkpoint import CheckpointFiles, find
 from weights_core.errors import CheckpointError
 from weights_core.files import File
 
@@ -103,6 +103,46 @@ def content_digest(
     )
 
 
+def checkpoint_digest(
+    path: Path,
+    component: str | None = None,
+    is_pipeline: bool | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+) -> Digest:
+    """Return the digest of the checkpoint at `path`, whatever its format.
+
+    A folder that holds the weights of a checkpoint in another form says in its sidecar of which:
+    `"content": "algorithm:hex"`. Else it is that of the files.
+
+    Args:
+        path: the checkpoint.
+        component: a component of a pipeline.
+        is_pipeline: as `LoadRequest.is_pipeline`.
+        environ: as `content_digest`.
+
+    Raises:
+        CheckpointError: as `content_digest`, and if there is no checkpoint.
+    """
+    for folder in (path / component, path) if component else (path,):
+        sidecar = folder / SIDECAR
+        said = _parse_sidecar(sidecar).get("content") if folder.is_dir() else None
+        if said is not None:
+            if not _FORM.fullmatch(str(said)):
+                raise CheckpointError("its content is no digest, algorithm:hex", file=sidecar)
+            return Digest(said, {sidecar: "sidecar"}, 0, 0.0)
+    return content_digest(find(path, component, is_pipeline), environ=environ)
+
+
+def write_content(folder: Path, digest: str) -> Path:
+    """Say in the sidecar of a folder that it holds the weights of the checkpoint with `digest`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    return _write_sidecar(folder, {"content": check_form(digest), "files": {}})
+
+
 def check_form(digest: str) -> str:
     """Return `digest` if it is `algorithm:hex`.
 
@@ -124,10 +164,17 @@ def write_sidecar(found: CheckpointFiles) -> Path:
         path.name: {"bytes": path.stat().st_size, "digest": _hash(File(path), "sha256")}
         for path in found.files
     }
-    target = found.root / SIDECAR
+    return _write_sidecar(found.root, {"files": files})
+
+
+def _write_sidecar(folder: Path, told: Mapping[str, object]) -> Path:
+    target = folder / SIDECAR
     part = target.with_suffix(f".{os.getpid()}.part")
     try:
-        part.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1) + "\n")
+        with open(part, "w") as out:
+            out.write(json.dumps({"schema": SCHEMA, **told}, indent=1) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
         part.replace(target)
     except OSError as exc:
         part.unlink(missing_ok=True)
@@ -153,8 +200,7 @@ def _hub(path: Path) -> str | None:
     return f"sha256:{blob.name}" if is_cache and _SHA256.fullmatch(blob.name) else None
 
 
-def _read_sidecar(found: CheckpointFiles) -> dict[Path, str]:
-    path = found.root / SIDECAR
+def _parse_sidecar(path: Path) -> dict[str, Any]:
     try:
         parsed: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -163,9 +209,18 @@ def _read_sidecar(found: CheckpointFiles) -> dict[Path, str]:
         raise CheckpointError(f"cannot be read: {exc.strerror}", file=path) from exc
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"is not valid JSON: {exc}", file=path) from exc
-    files = parsed.get("files") if isinstance(parsed, dict) and parsed.get("schema") == SCHEMA else None
-    if not isinstance(files, dict):
+    if (
+        not isinstance(parsed, dict)
+        or parsed.get("schema") != SCHEMA
+        or not isinstance(parsed.get("files"), dict)
+    ):
         raise CheckpointError(f"is not a table of digests of the schema {SCHEMA}", file=path)
+    return parsed
+
+
+def _read_sidecar(found: CheckpointFiles) -> dict[Path, str]:
+    path = found.root / SIDECAR
+    files = _parse_sidecar(path).get("files", {})
     said = {}
     for file in found.files:
         entry = files.get(file.name)

@@ -14,8 +14,7 @@ from urllib.parse import quote
 from weights_core import Identity, Layout, PublishReceipt, WeightSet, WeightSetWrapper
 from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment, padded
 from weights_core.backing import Backing, backing_for
-from weights_core.checkpoint import find
-from weights_core.digest import content_digest
+from weights_core.digest import checkpoint_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
 from weights_gms.client import Ask, Endpoint, Grant, VaultError, commit, keep, open_slot, read_manifest
 from weights_gms.holding import Holding
@@ -320,7 +319,7 @@ def digest_of(config: GmsConfig, request: LoadRequest) -> tuple[str, str]:
     """Return the digest of what is to be loaded, and how it was found."""
     if config.digest is not None:
         return config.digest, f"{config.digest}, given by the settings"
-    found = content_digest(find(request.checkpoint, request.engine.component, request.is_pipeline))
+    found = checkpoint_digest(request.checkpoint, request.engine.component, request.is_pipeline)
     log.info("digest %s", found)
     return found.value, str(found)
 
