@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +414,7 @@ def _copy_others(found: CheckpointFiles, out: Path) -> list[str]:
         if name.startswith(".") or name.endswith((*_WEIGHTS, ".index.json")) or name in (SIDECAR, READY):
             continue
         with naming(found.root / name), open(found.root / name, "rb") as source:
-            write_whole(out / name, iter(lambda source=source: source.read(_COPY), b""))
+            write_whole(out / name, iter(partial(source.read, _COPY), b""))
         copied.append(name)
     return copied
 

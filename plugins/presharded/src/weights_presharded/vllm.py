@@ -47,8 +47,8 @@ def open_vllm(folder: Path, info: EngineInfo) -> RankSet:
         have = {"tp": len(parts)} if len(parts) > 1 else {}
         need = {name: axis.size for name, axis in axes.items()}
         raise IdentityMismatchError(
-            f"{folder} was saved by vLLM for {said(have)}, this engine needs {said(need)}; what is cut is never "
-            "cut again: save it with as many ranks, or cut the whole checkpoint with `weights shard`",
+            f"{folder} was saved by vLLM for {said(have)}, this engine needs {said(need)}; what is cut is "
+            "never cut again: save it with as many ranks, or cut the whole checkpoint with `weights shard`",
             fields={"axes": (need, have)},
         )
     _refuse_quantised(folder, info)
