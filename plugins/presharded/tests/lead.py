@@ -70,7 +70,7 @@ class Lead:
         self.channel.close()
 
     def _reaped(self):
-        self._nursery.send(json.dumps({"wait": self.pid}).encode())
+        self._nursery.send(json.dumps({"reap": self.pid}).encode())
         self.ended = True
         return int(self._nursery.recv(32))
 

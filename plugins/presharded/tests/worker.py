@@ -296,8 +296,8 @@ def nursery(orders):
         if not raw:
             return
         order = json.loads(raw)
-        if "wait" in order:
-            _, status = os.waitpid(order["wait"], 0)
+        if "reap" in order:
+            _, status = os.waitpid(order["reap"], 0)
             orders.send(str(os.waitstatus_to_exitcode(status)).encode())
             continue
         child = os.fork()

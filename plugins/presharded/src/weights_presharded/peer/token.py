@@ -59,7 +59,9 @@ def own_token(folder: str, owners: Collection[int]) -> bytes:
     """
     try:
         opened = place.open_folder(folder, owners=owners, create=True)
-    except (place.PlaceError, FileNotFoundError) as exc:
+    except FileNotFoundError:
+        raise TokenError(f"{folder} cannot be made: its parent is not there") from None
+    except place.PlaceError as exc:
         raise TokenError(str(exc)) from exc
     try:
         if not os.path.exists(place.through(opened, NAME)):
