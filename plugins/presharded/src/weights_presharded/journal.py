@@ -41,20 +41,27 @@ class Journal:
         with naming(self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self.close = weakref.finalize(self, os.close, self._fd)
+        self.done: dict[str, list[str]] = {}
+        try:
+            self._begin(folder, {"schema": SCHEMA, **key}, resume=resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, folder: Path, key: Mapping[str, Any], *, resume: bool) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             raise CheckpointError("another process is converting to this folder", file=folder) from exc
-        raw = self._content()
+        with naming(self.path):
+            raw = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         whole = raw[: raw.rfind(b"\n") + 1]  # what is torn was not done
         first, *lines = whole.split(b"\n")
         begun = _parsed(first)
-        key = {"schema": SCHEMA, **key}
         if begun is not None and not resume:
             raise CheckpointError("holds a conversion that was interrupted: --resume goes on", file=folder)
         if begun is not None:
             self._check(folder, begun, key)
-        self.done: dict[str, list[str]] = {}
         for told in map(_parsed, lines):
             self.done.update(told["done"] if told and isinstance(told.get("done"), dict) else {})
         with naming(self.path):
@@ -76,10 +83,6 @@ class Journal:
         """Forget it: the folder is complete."""
         with naming(self.path):
             self.path.unlink(missing_ok=True)
-
-    def _content(self) -> bytes:
-        with naming(self.path):
-            return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
 
     @staticmethod
     def _check(folder: Path, begun: Mapping[str, Any], key: Mapping[str, Any]) -> None:
