@@ -25,7 +25,7 @@ from weights_core.memory import HostSegment
 from weights_core.tensors import as_bytes
 from weights_core.testing import host_of
 from weights_core.testing.parallel import LlamaShape, TensorParallelEngine
-from weights_presharded.peer import local
+from weights_presharded.peer import local, nixl
 from weights_presharded.peer import source as publishing
 from weights_presharded.plugin import PreshardedPlugin
 
@@ -254,17 +254,17 @@ PLUGINS = {"gms": _gms, "consumable": _consumable}
 
 
 def held_at(folder):
-    """Have the transfer wait, once the source has handed over its memory, until it may go on."""
-    real = local.LocalTransport.fetch
+    """Have the transfer wait, once the source has said where its memory is, until it may go on."""
+    for transport in (local.LocalTransport, nixl.NixlTransport):
 
-    def fetch(self, given):
-        (folder / f"held-{os.getpid()}").touch()
-        end = time.monotonic() + 30
-        while not (folder / "go").exists() and time.monotonic() < end:
-            time.sleep(0.005)
-        return real(self, given)
+        def fetch(self, given, real=transport.fetch):
+            (folder / f"held-{os.getpid()}").touch()
+            end = time.monotonic() + 30
+            while not (folder / "go").exists() and time.monotonic() < end:
+                time.sleep(0.005)
+            return real(self, given)
 
-    local.LocalTransport.fetch = fetch
+        transport.fetch = fetch
 
 
 def serve(settings, channel):

@@ -169,7 +169,7 @@ def _from_device(fetch: Fetch, segments: Sequence[Segment]) -> None:
     lanes.join()
     if factors is not None:
         for index, sums in enumerate(found):
-            _compare(fetch, index, torch.cat(sums).tolist())
+            compare_sums(fetch, index, torch.cat(sums).tolist())
 
 
 def _spread(part: torch.Tensor, at: int, runs: Sequence[Run]) -> None:
@@ -194,7 +194,12 @@ def _empty_like(landing: Landing, manifest: Manifest) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=landing.runs[0].out.device if landing.runs else "cpu")
 
 
-def _compare(fetch: Fetch, segment: int, found: Sequence[int]) -> None:
+def compare_sums(fetch: Fetch, segment: int, found: Sequence[int]) -> None:
+    """Compare the sums of a segment's blocks with those that the source told.
+
+    Raises:
+        PeerError: they differ; names the tensors that lie there.
+    """
     due = fetch.sums[segment] if segment < len(fetch.sums) else ()
     wrong = [i for i, (one, other) in enumerate(itertools.zip_longest(found, due)) if one != other]
     if wrong:

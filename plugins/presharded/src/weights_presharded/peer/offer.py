@@ -30,9 +30,10 @@ _ADD_SEALS, _ALL_SEALS = 1033, 15
 class Offer:
     """Tensors to serve. `manifest` says where each lies in the memory of `segments`.
 
-    `sums` are those of each segment's blocks, where the memory is a device's; on the host the manifest
-    has every tensor's digest. `nbytes` counts the tensors' bytes, `moved` those that were copied for
-    this, `held` those that are kept beside what the engine itself needs.
+    `index` is the device's number in this process. `sums` are those of each segment's blocks, where
+    the memory is a device's; on the host the manifest has every tensor's digest. `nbytes` counts the
+    tensors' bytes, `moved` those that were copied for this, `held` those that are kept beside what the
+    engine itself needs.
     """
 
     layout: Layout
@@ -40,6 +41,7 @@ class Offer:
     segments: Sequence[Segment]
     memory: str
     device: str
+    index: int
     nbytes: int
     moved: int
     held: int
@@ -107,6 +109,7 @@ def make_offer(
         segments=writer.segments,
         memory=backing.kind,
         device=backing.device,
+        index=writer.segments[0].tensor(0, 1).device.index or 0,
         nbytes=nbytes,
         moved=moved,
         held=held,

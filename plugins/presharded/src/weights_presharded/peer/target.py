@@ -226,7 +226,6 @@ class Target:
 
     def _pull_one(self, entry: Entry, wait: float) -> Pulled:
         transport = self._transport(entry)
-        started = time.monotonic()
         connection = ask(
             entry,
             self._wanted(entry.identity.layout, entry.identity.digest),
@@ -241,6 +240,7 @@ class Target:
             if manifest.layout is not entry.identity.layout:
                 raise PeerError(f"offers the layout {manifest.layout.value}")
             landing = self._landing(manifest, connection, transport)
+            started = time.monotonic()
             try:
                 self._fetch(Fetch(
                     connection=connection,
@@ -256,8 +256,9 @@ class Target:
                 if landing.writer is not None:
                     landing.writer.close()
                 raise
+            seconds = time.monotonic() - started
             connection.done()
-        return Pulled(landing, manifest, entry, transport.name, time.monotonic() - started, transport.notes)
+        return Pulled(landing, manifest, entry, transport.name, seconds, transport.notes)
 
     def _fetch(self, fetch: Fetch, transport: Transport) -> None:
         try:
@@ -271,9 +272,10 @@ class Target:
     def _landing(self, manifest: Manifest, connection: Connection, transport: Transport) -> Landing:
         tensors = catalog.tensors_of(self._engine, manifest)
         catalog.check(manifest, self._engine, tensors)
-        if tensors is not None and has_memory(tensors) and self._config.in_place:
-            return in_parameters(manifest, self._engine)
         device = self._request.engine.device
+        by_sums = transport.name == "nixl" and not device.startswith("cpu")  # of whole segments
+        if tensors is not None and has_memory(tensors) and self._config.in_place and not by_sums:
+            return in_parameters(manifest, self._engine)
         whole = connection.told.get("memory") != "host" or transport.name != "local"
         nbytes = manifest.nbytes
         backing = backing_for(self._request.engine)
@@ -306,4 +308,4 @@ class Target:
             *(f"presharded: passed over {why}" for why in self._failed),
             *pulled.notes,
         ]
-        return PulledSet(pulled.manifest, landing, tuple(notes))
+        return PulledSet(pulled.manifest, landing, tuple(notes), seconds)

@@ -23,7 +23,7 @@ class PulledSet(WeightSet):
 
     provider = "presharded"
 
-    def __init__(self, manifest: Manifest, landing: Landing, notes: tuple[str, ...]) -> None:
+    def __init__(self, manifest: Manifest, landing: Landing, notes: tuple[str, ...], seconds: float) -> None:
         self.layout = manifest.layout
         self.in_place = landing.in_place
         self.writer: ArenaWriter | None = landing.writer
@@ -32,6 +32,8 @@ class PulledSet(WeightSet):
         self._tensors: dict[str, torch.Tensor] | None = dict(landing.tensors)
         self._nbytes = landing.nbytes
         self._notes = notes
+        self.seconds = seconds
+        """What the transfer took, verification included."""
 
     @property
     def closed(self) -> bool:
