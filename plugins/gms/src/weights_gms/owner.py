@@ -154,8 +154,9 @@ class VaultOwner(Owner):
         due = padded(engine.expected(self._layout).values())
         writer = ArenaWriter(lambda nbytes: self._backing.create(nbytes, private=private), due)
         try:
-            filled = inner.layout is Layout.CHECKPOINT or inner.fills  # in memory of the engine's own
-            if filled and not inner.in_place and self._layout is Layout.SHARDED:  # else post-load makes other tensors
+            filled = inner.layout is Layout.CHECKPOINT or inner.fills  # memory of the engine's own
+            straight = filled and not inner.in_place
+            if straight and self._layout is Layout.SHARDED:  # else post-load makes other tensors
                 _place(engine, writer, self._backing)
         except BaseException:
             writer.close()
