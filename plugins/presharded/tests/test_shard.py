@@ -129,7 +129,7 @@ def test_empty_and_odd_tensors(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from weights_presharded import converting, read_plan, shard
+from weights_presharded import committing, read_plan, shard
 
 steps, count = int(sys.argv[1]), 0
 
@@ -140,7 +140,7 @@ def step(frame, event, argument):
         if count == steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
-converting.COMMIT = 4096
+committing.COMMIT = 4096
 rules = read_plan(Path(sys.argv[4]))
 import threading
 threading.setprofile(step)

@@ -9,9 +9,8 @@ import re
 import shutil
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from weights_core.checkpoint import CheckpointFiles, find
 from weights_core.digest import SIDECAR, content_digest, write_content
 from weights_core.errors import CheckpointError
 from weights_core.shards import PickledShard, Shard, open_shards
+from weights_presharded.committing import Committer, in_order
 from weights_presharded.cutting import Cutter, Reader
 from weights_presharded.journal import Journal, refuse_others
 from weights_presharded.manifest import (
@@ -49,8 +49,6 @@ from weights_presharded.rankfiles import (
     write_whole,
 )
 
-COMMIT = 1 << 30
-"""Bytes written between two records of what is done: at most about so many are written twice."""
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -272,9 +270,9 @@ def _cut_all(
 
     with contextlib.ExitStack() as stack:
         stack.callback(files.close)
-        committer = stack.enter_context(_Committer(journal, files))
+        committer = stack.enter_context(Committer(journal, files))
         written = resumed
-        for output, made in _in_order(left, cut, threads):
+        for output, made in in_order(left, cut, threads):
             digests[output.name] = made
             written += job.size * output.nbytes
             committer.done(output.name, made, job.size * output.nbytes, home[output.name].name)
@@ -304,76 +302,6 @@ def _still_there(job: _Job, journal: Journal) -> dict[str, list[str]]:
                 if isinstance(digests, list) and len(digests) == job.size:
                     found[name] = digests
     return found
-
-
-class _Committer:
-    """Syncs what was written and then records it, beside the writing."""
-
-    def __init__(self, journal: Journal, files: OpenFiles) -> None:
-        self._journal = journal
-        self._files = files
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights-sync")
-        self._running: Future[None] | None = None
-        self._due: dict[str, list[str]] = {}
-        self._bytes = 0
-        self._file = ""
-
-    def done(self, name: str, digests: list[str], nbytes: int, file: str) -> None:
-        """Note a tensor that is written; now and then have all that are be recorded.
-
-        Tensors come in the order of the files, so nothing is written any more to those before `file`.
-        """
-        self._due[name] = digests
-        self._bytes += nbytes
-        self._file = file
-        if self._bytes >= COMMIT:
-            self._commit()
-
-    def finish(self) -> None:
-        """Have everything recorded."""
-        self._commit()
-        self._wait()
-
-    def __enter__(self) -> _Committer:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._pool.shutdown(wait=True)
-
-    def _commit(self) -> None:
-        self._wait()
-        due, self._due, self._bytes = self._due, {}, 0
-        self._running = self._pool.submit(self._record, due, self._file)
-
-    def _wait(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-    def _record(self, due: Mapping[str, list[str]], file: str) -> None:
-        self._files.sync()
-        if due:
-            self._journal.add(due)
-        self._files.close(lambda path: path.name < file)
-
-
-def _in_order(
-    items: Sequence[Output], work: Callable[[Output], list[str]], threads: int
-) -> Iterator[tuple[Output, list[str]]]:
-    """Yield what `work` makes of the items, in their order, several at work at a time."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="weights-cut")
-    running: deque[tuple[Output, Future[list[str]]]] = deque()
-    try:
-        for item in items:
-            running.append((item, pool.submit(work, item)))
-            if len(running) > 2 * threads:
-                first, future = running.popleft()
-                yield first, future.result()
-        while running:
-            first, future = running.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write_manifests(
