@@ -91,9 +91,9 @@ def test_where_there_is_no_infiniband_its_module_is_left_out(tmp_path, monkeypat
     monkeypatch.setattr(nixl, "_IB", tmp_path / "none")
     found = {}
     nixl.prepare(found)
-    assert found == {"UCX_MODULES": "^ib"}
+    assert found.pop("UCX_MODULES") == "^ib"
     (tmp_path / "some" / "mlx5_0").mkdir(parents=True)
     monkeypatch.setattr(nixl, "_IB", tmp_path / "some")
     found = {}
     nixl.prepare(found)
-    assert found == {}
+    assert "UCX_MODULES" not in found

@@ -178,6 +178,7 @@ def prepare(environ: MutableMapping[str, str]) -> None:
     Raises:
         PeerError: `UCX_TLS` leaves out what connections are set up by.
     """
+    environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     if not (_IB.is_dir() and any(_IB.iterdir())):
         environ.setdefault("UCX_MODULES", "^ib")
     allowed = environ.get("UCX_TLS", "all")

@@ -18,6 +18,7 @@ from weights_presharded.peer.local import LocalGrantor
 from weights_presharded.peer.offer import Offer, make_offer, room_for
 from weights_presharded.peer.places import local_folder, open_registry, owners, threads_of, token_of
 from weights_presharded.peer.server import Server
+from weights_presharded.peer.settling import Settling
 
 if TYPE_CHECKING:
     from weights_core import Engine, LoadRequest
@@ -111,10 +112,13 @@ def _serve(config: PreshardedConfig, identity: Identity, offer: Offer) -> Server
 
         grantors["nixl"] = NixlGrantor(offer)
 
+    settling = Settling(offer.segments, offer.manifest.sizes) if offer.memory == "host" else Settling((), ())
+
     def grant(transport: str) -> tuple[dict[str, Any], list[int]] | None:
         return grantors[transport].grant(offer) if transport in grantors else None
 
     def on_close() -> None:
+        settling.close()
         for grantor in grantors.values():
             grantor.close()
         offer.close()
@@ -124,6 +128,7 @@ def _serve(config: PreshardedConfig, identity: Identity, offer: Offer) -> Server
             entry, folder, registry, token, grant, owners=owners(config), listen=listen, on_close=on_close
         )
     except BaseException:
+        settling.close()
         registry.close()
         for grantor in grantors.values():
             grantor.close()
