@@ -20,7 +20,7 @@ from weights_presharded.rankfiles import OpenFile
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 """Bytes that are read, hashed and written at a time: they stay in the processor's cache meanwhile."""
 
 

@@ -3,35 +3,35 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import attrs
+import xxhash
 
 from weights_core import Layout, Target, TensorMeta
 from weights_core.checkpoint import CheckpointFiles
 from weights_core.disk import ShardSet
 from weights_core.errors import CheckpointError
-from weights_core.shards import open_shards
-from weights_core.weightset import Slices, WeightSetWrapper, normalise
-from weights_presharded.manifest import MANIFEST, RankManifest, digest_of
+from weights_core.shards import SafetensorsShard, aligned, open_shards
+from weights_core.weightset import Allocate, Slices, WeightSet, WeightSetWrapper, check_destination, normalise
+from weights_presharded.cutting import FileBytes, view_of
+from weights_presharded.manifest import MANIFEST, RankManifest
 
 if TYPE_CHECKING:
     import torch
 
-_AHEAD = 2
-"""Tensors that may be waiting to be verified while the next is read."""
+_BLOCK = 512 << 10
+"""Bytes that are read and hashed at a time: they are in the processor's cache in between."""
 
 
 class RankSet(WeightSetWrapper):
     """One rank's tensors, by the engine's names; tied names stand for what is stored once.
 
-    Every tensor is read whole into memory of the engine's own. With `digests` it is hashed there before
-    it is handed out, and each only once.
+    Every tensor is read whole into memory of the engine's own. With `digests` it is hashed as it is read,
+    once, and handed out only if it is what was written.
     """
 
     fills = True
@@ -46,6 +46,8 @@ class RankSet(WeightSetWrapper):
         notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(inner)
+        self._files = inner
+        self._allocate: Allocate | None = None
         self.fills = True
         self.layout = layout
         self.provider = "presharded"
@@ -73,12 +75,12 @@ class RankSet(WeightSetWrapper):
         return (*self.inner.notes, *self._extra)
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
-        """Read a tensor, or a part of it."""
+        """Read a tensor, or a part of it: what is to be verified is read whole."""
         stored = self._stored(name)
         if self._is_trusted(stored):
             return self.inner.read(stored, slices)
-        tensor = self.inner.read(stored)
-        self._verify(stored, tensor)
+        tensor = self._made(stored)
+        self._read_verified(stored, tensor)
         if not slices:
             return tensor
         for dim, chosen in enumerate(normalise(slices, tuple(tensor.shape))):
@@ -86,9 +88,16 @@ class RankSet(WeightSetWrapper):
         return tensor.clone()
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
-        """Read into `out`."""
-        self._read_into(self._stored(name), out, slices)
-        self._settle(self._stored(name), out)
+        """Read into `out`: straight, if it is contiguous host memory; else by way of host memory."""
+        stored = self._stored(name)
+        if self._is_trusted(stored):
+            self.inner.read_into(stored, out, slices)
+        elif not slices and out.device.type == "cpu" and out.is_contiguous():
+            self._read_verified(stored, out)
+        else:
+            tensor = self.read(stored, slices)
+            check_destination(name, out, tuple(tensor.shape), tensor.dtype)
+            out.detach().copy_(tensor)
 
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Read by file and offset."""
@@ -97,34 +106,17 @@ class RankSet(WeightSetWrapper):
             yield name, self.read(name)
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
-        """Fill by file and offset; each tensor is hashed while the next is read."""
-        order = sorted(targets, key=lambda target: self._position[target.name])
-        return self._fill(order)
+        """Fill by file and offset."""
+        return WeightSet.fill(self, sorted(targets, key=lambda target: self._position[target.name]))
 
     def release(self, names: Iterable[str]) -> int:
         """Release what is held for the tensors; nothing is."""
         return self.inner.release([self._stored(name) for name in names])
 
-    def _fill(self, targets: list[Target]) -> Iterator[Target]:
-        if self._digests is None:
-            for target in targets:
-                self._read_into(self._stored(target.name), target.out, target.slices)
-                yield target
-            return
-        waiting: deque[tuple[Target, Future[None]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="weights-verify") as pool:
-            for target in targets:
-                stored = self._stored(target.name)
-                self._read_into(stored, target.out, target.slices)
-                waiting.append((target, pool.submit(self._settle, stored, target.out)))
-                if len(waiting) > _AHEAD:
-                    first, verified = waiting.popleft()
-                    verified.result()
-                    yield first
-            while waiting:
-                first, verified = waiting.popleft()
-                verified.result()
-                yield first
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Make what is read from now on in what `allocate` returns."""
+        self._allocate = allocate
+        self.inner.allocate_from(allocate)
 
     def _stored(self, name: str) -> str:
         return self._ties.get(name, name)
@@ -132,34 +124,39 @@ class RankSet(WeightSetWrapper):
     def _is_trusted(self, stored: str) -> bool:
         return self._digests is None or stored in self._verified
 
-    def _read_into(self, stored: str, out: torch.Tensor, slices: Slices | None) -> None:
-        """Read into `out` what may have to be verified there; what cannot be is verified before."""
-        hashable = not slices and out.device.type == "cpu" and out.is_contiguous()
-        if self._is_trusted(stored) or hashable:
-            self.inner.read_into(stored, out, slices)
-        else:
-            from weights_core.weightset import check_destination
+    def _shard_of(self, stored: str) -> SafetensorsShard:
+        shard = self._files.shard_of(stored)
+        assert isinstance(shard, SafetensorsShard)
+        return shard
 
-            tensor = self.read(stored, slices)
-            check_destination(stored, out, tuple(tensor.shape), tensor.dtype)
-            out.detach().copy_(tensor)
+    def _made(self, stored: str) -> torch.Tensor:
+        from weights_core.tensors import allocate
 
-    def _settle(self, stored: str, out: torch.Tensor) -> None:
-        if not self._is_trusted(stored):
-            self._verify(stored, out)
+        meta = self._metas[stored]
+        dtype = self._shard_of(stored).torch_dtype(meta)
+        make = self._allocate if self._allocate is not None and meta.nbytes else allocate
+        raw = make(meta.nbytes, aligned(meta.offset or 0, dtype))
+        return raw.view(dtype).reshape(meta.torch_shape)
 
-    def _verify(self, stored: str, tensor: torch.Tensor) -> None:
+    def _read_verified(self, stored: str, out: torch.Tensor) -> None:
+        """Read a tensor into contiguous host memory, each block hashed while the cache still has it."""
         from weights_core.tensors import as_bytes
-        from weights_presharded.cutting import view_of
 
         assert self._digests is not None
-        raw = as_bytes(tensor)
-        found = digest_of(view_of(raw))
+        meta, shard = self._metas[stored], self._shard_of(stored)
+        check_destination(stored, out, meta.torch_shape, shard.torch_dtype(meta))
+        view, source, hasher = view_of(as_bytes(out)), FileBytes(shard, meta), xxhash.xxh3_128()
+        for at in range(0, meta.nbytes, _BLOCK):
+            block = view[at : at + _BLOCK]
+            source.read_into(block, at)
+            hasher.update(block)
+        self._files.count(meta.nbytes)
+        found = f"xxh3_128:{hasher.hexdigest()}"
         if found != self._digests[stored]:
             raise CheckpointError(
                 f"its bytes are not those that were written: digest {found}, "
                 f"{MANIFEST} says {self._digests[stored]}",
-                file=self._metas[stored].file,
+                file=meta.file,
                 tensor=stored,
             )
         self._verified.add(stored)
