@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -319,3 +320,43 @@ def test_any_rules_are_a_plan_that_fits_or_an_error_that_says_so(rules):
     for output in made:
         assert sum(part.nbytes(0) for part in output.parts) == output.nbytes
         assert math.prod(output.shape) * 4 == output.nbytes
+
+
+# The page on plans --------------------------------------------------------------------------------
+
+
+def test_the_plan_in_the_documentation_does_what_it_says(tmp_path):
+    page = (Path(__file__).parents[3] / "docs/presharded.md").read_text()
+    (text,) = re.findall(r"```toml\n(schema.*?)```", page, re.DOTALL)
+    layer = "model.layers.0"
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(8, 4),
+        f"{layer}.self_attn.q_proj.weight": torch.randn(8, 4),
+        f"{layer}.self_attn.k_proj.weight": torch.randn(4, 4),
+        f"{layer}.self_attn.v_proj.weight": torch.randn(4, 4),
+        f"{layer}.self_attn.o_proj.weight": torch.randn(4, 8),
+        f"{layer}.mlp.gate_up_proj.weight": torch.randn(16, 4),
+        **{
+            f"{layer}.mlp.experts.{n}.{part}_proj.weight": torch.randn(4, 4)
+            for n in (0, 1)
+            for part in ("gate", "up")
+        },
+        f"{layer}.self_attn.rotary_emb.inv_freq": torch.randn(2),
+        "model.norm.weight": torch.randn(4),
+    }
+    source = write_checkpoint(tmp_path / "source", tensors)
+    (source / "config.json").write_text('{"num_key_value_heads": 2}')
+    (tmp_path / "plan.toml").write_text(text)
+    shard(source, tmp_path / "out", size=4, plan=read_plan(tmp_path / "plan.toml"))
+    shapes = {
+        name: tuple(t.shape)
+        for name, t in load_file(tmp_path / "out/rank-1-of-4/model-00001-of-00001.safetensors").items()
+    }
+    assert shapes == {
+        "embed": (2, 4),
+        "layers.0.qkv": (2 + 2 + 2, 4),
+        "layers.0.o": (4, 2),
+        f"{layer}.mlp.gate_up_proj.weight": (4, 4),
+        "layers.0.w13": (2, 2, 4),
+        "norm.weight": (4,),
+    }
