@@ -44,6 +44,25 @@ class Segment(Protocol):
         """Where it is mapped in this process."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its descriptor can be handed on."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what is mapped here is, and stays, what the descriptor is of."""
+        ...
+
+    def again(self) -> Segment:
+        """Return the same memory with a descriptor of its own, to be closed by itself."""
+        ...
+
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as a flat uint8 tensor that keeps the memory mapped."""
         ...
@@ -153,18 +172,21 @@ class Manifest:
 class ArenaWriter:
     """Memory to share, handed out tensor by tensor, and sealed when all of it has been written."""
 
-    def __init__(self, create: Callable[[int], Segment], expected: int) -> None:
+    def __init__(
+        self, create: Callable[[int], Segment], expected: int, existing: Sequence[Segment] = ()
+    ) -> None:
         """Prepare; no memory is made yet.
 
         Args:
             create: makes a segment of at least so many bytes.
             expected: bytes that will be asked for in all, about; sizes the segments.
+            existing: full segments that belong to the arena too; taken over.
         """
         self._create = create
         self._expected = expected
-        self._segments: list[Segment] = []
-        self._capacity: list[int] = []
-        self._used: list[int] = []
+        self._segments: list[Segment] = list(existing)
+        self._capacity: list[int] = [segment.nbytes for segment in existing]
+        self._used: list[int] = [segment.nbytes for segment in existing]
 
     @property
     def nbytes(self) -> int:

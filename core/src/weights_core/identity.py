@@ -11,7 +11,6 @@ import attrs
 from weights_core.errors import IdentityMismatchError
 from weights_core.types import Axis, EngineInfo, Layout
 
-
 _TEXTS = ("digest", "role", "engine", "engine_version", "model")
 _MAYBE = ("component", "dtype", "quantization")
 

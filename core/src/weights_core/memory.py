@@ -21,6 +21,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
+from weights_core import live
 from weights_core.errors import ArenaError
 from weights_core.machine import memory_available
 
@@ -126,6 +127,7 @@ class HostSegment:
         self._close = weakref.finalize(
             self, _close_all, [descriptor] + ([] if writable is None else [writable])
         )
+        live.add(self)
 
     @classmethod
     def create(cls, nbytes: int, sealed_access: Access = "read") -> HostSegment:
@@ -172,6 +174,25 @@ class HostSegment:
     def address(self) -> int:
         """Where it is mapped in this process."""
         return self.mapping.address
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+        return self.mapping.nbytes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is sealed, and its descriptor not closed."""
+        return self.sealed and self._close.alive
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nobody can write what is mapped here, not even into copies of its own."""
+        return self.sealed and self._sealed_access == "read"
+
+    def again(self) -> HostSegment:
+        """Return the same mapping with a descriptor of its own."""
+        return HostSegment(os.dup(self.descriptor), self.mapping, sealed_access=self._sealed_access)
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as a flat uint8 tensor; see `Mapping.tensor`."""

@@ -44,7 +44,8 @@ def test_every_rank_pulls_its_own_shard_and_nothing_else(
 def test_a_target_is_a_source_for_the_next(workers, checkpoint, due, registry):
     first, second, third = workers(), workers(), workers()
     first("load", checkpoint=checkpoint)
-    told = second("load", checkpoint=checkpoint)
+    told = second("load", checkpoint=checkpoint, in_place=False)
+    assert told["moved"] == 0
     assert "a target that is a source now" in told["published"][0]
     assert first.leave() == 0
     assert len(until(lambda: entries(registry))) == 1

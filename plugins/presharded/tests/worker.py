@@ -91,7 +91,18 @@ def summed(tensors):
 class Worker:
     def __init__(self, **settings):
         self.settings = settings
-        self.report = self.engine = None
+        self.report = self.engine = self.moved = None
+        self.watch()
+
+    def watch(self, real=publishing.make_offer):
+        """Remember how many bytes are moved to be served."""
+
+        def make(*args, **options):
+            offer = real(*args, **options)
+            self.moved = offer.moved
+            return offer
+
+        publishing.make_offer = make
 
     def load(
         self,
@@ -139,6 +150,7 @@ class Worker:
             "decisions": {d.plugin: d.reason for d in report.plan.decisions},
             "bytes": report.nbytes,
             "share": self.engine.share,
+            "moved": self.moved,
         }
 
     def now(self):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from weights_core import Layout
+from weights_core import Layout, live
 from weights_core.arena import ArenaWriter, Manifest, Segment, padded
 from weights_core.backing import Backing, HostBacking, backing_for
 from weights_core.errors import PublishError
@@ -81,7 +81,8 @@ def make_offer(
     copied = serving.how == "snapshot" and live.kind != "host"
     backing = HostBacking() if copied else live
     if writer is None or copied:
-        writer = new_writer(backing, expected_bytes)
+        shared = [] if copied else _shared_already(tensors, layout)
+        writer = new_writer(backing, expected_bytes, shared)
     try:
         if copied:
             backing.check_room(expected_bytes)
@@ -117,9 +118,19 @@ def make_offer(
     )
 
 
-def new_writer(backing: Backing, nbytes: int) -> ArenaWriter:
-    """Return memory to serve from, of which none is taken yet."""
-    return ArenaWriter(lambda size: backing.create(size, private=backing.kind == "host"), nbytes)
+def new_writer(backing: Backing, nbytes: int, existing: Sequence[Segment] = ()) -> ArenaWriter:
+    """Return memory to serve from: what is shared already, and none yet besides."""
+    return ArenaWriter(lambda size: backing.create(size, private=backing.kind == "host"), nbytes, existing)
+
+
+def _shared_already(tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[Segment]:
+    """Return the memory that an owner has put the weights in, so that they are not moved out of it.
+
+    Before post-load a mapping that is private has not been written to; later it may have been.
+    """
+    addresses = [t.data_ptr() for t in tensors.values() if not t.is_meta and t.numel()]
+    found = live.holding(addresses)
+    return [segment.again() for segment in found if segment.is_settled or layout is Layout.SHARDED]
 
 
 def bytes_of(manifest: Manifest) -> dict[tuple[int, int, int], int]:

@@ -70,7 +70,7 @@ class RedisRegistry(Registry):
                     for name in part:
                         pipeline.get(name)
                         pipeline.pttl(name)
-                    answers = iter(pipeline.execute())
+                    answers = iter(pipeline.execute(raise_on_error=False))
                 for name, raw, left in zip(part, answers, answers, strict=False):
                     entry = _read(raw, left)
                     if entry is not None and name == (PREFIX + entry.id).encode():
