@@ -2,7 +2,6 @@
 """What must not get in, and must harm nobody who is in: strangers, links, malformed and greedy clients."""
 
 import contextlib
-import json
 import os
 import resource
 import socket
