@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -211,6 +212,14 @@ def test_a_file_that_changes_while_it_is_hashed_is_an_error(tmp_path, environ, m
     monkeypatch.setattr(xxhash, "xxh3_128", Meddling)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         content_digest(find(path), environ=environ)
+
+
+def test_hashing_ends_when_it_is_no_longer_wanted(path, environ):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CheckpointError, match="no longer wanted"):
+        content_digest(find(path), environ=environ, stop=stop)
+    assert origins(content_digest(find(path), environ=environ)) == {"hashed"}
 
 
 def test_processes_that_ask_at_once_hash_once(tmp_path, environ):

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,11 @@ _SAID = {
 
 
 def content_digest(
-    found: CheckpointFiles, *, environ: Mapping[str, str] = os.environ, threads: int = 4
+    found: CheckpointFiles,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    threads: int = 4,
+    stop: threading.Event | None = None,
 ) -> Digest:
     """Return the digest of what the files of a checkpoint hold; their names and places don't matter.
 
@@ -71,9 +76,11 @@ def content_digest(
         found: the checkpoint.
         environ: says where the cache is: `XDG_CACHE_HOME`, else `HOME`.
         threads: files hashed at a time.
+        stop: ends the hashing when it is set.
 
     Raises:
-        CheckpointError: a file cannot be read, changed while it was hashed, or the sidecar is wrong.
+        CheckpointError: a file cannot be read, changed while it was hashed, or the sidecar is wrong; or
+            it was stopped.
     """
     started = time.perf_counter()
     said = _read_sidecar(found)
@@ -93,7 +100,7 @@ def content_digest(
             unknown.append(path)
     if unknown:
         with ThreadPoolExecutor(min(threads, len(unknown))) as pool:
-            hashed = pool.map(lambda path: _cached_or_hashed(path, cache), unknown)
+            hashed = pool.map(lambda path: _cached_or_hashed(path, cache, stop), unknown)
             digests.update(zip(unknown, hashed, strict=True))
     return Digest(
         value=_combined([digest for digest, _ in digests.values()]),
@@ -267,7 +274,7 @@ def _entry(cache: Path, found: os.stat_result) -> Path:
     return cache / f"{found.st_dev:x}-{found.st_ino:x}"
 
 
-def _cached_or_hashed(path: Path, cache: Path | None) -> tuple[str, Origin]:
+def _cached_or_hashed(path: Path, cache: Path | None, stop: threading.Event | None) -> tuple[str, Origin]:
     file = File(path)
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
@@ -277,7 +284,7 @@ def _cached_or_hashed(path: Path, cache: Path | None) -> tuple[str, Origin]:
             kept = _kept(entry, found)
             if kept is not None:
                 return kept, "cache"
-        digest = _hash(file, "xxh3_128")
+        digest = _hash(file, "xxh3_128", stop)
         if entry is not None and _settled(path, found):
             record = json.dumps({"key": _key(found), "digest": digest}).encode()
             os.ftruncate(entry, 0)
@@ -319,7 +326,7 @@ def _settled(path: Path, found: os.stat_result) -> bool:
     return stat.S_ISREG(now.st_mode) and _key(now) == _key(found) and time.time_ns() - changed > _SETTLED_NS
 
 
-def _hash(file: File, algorithm: str) -> str:
+def _hash(file: File, algorithm: str, stop: threading.Event | None = None) -> str:
     hasher: Any
     if algorithm == "xxh3_128":
         import xxhash
@@ -329,6 +336,8 @@ def _hash(file: File, algorithm: str) -> str:
         hasher = hashlib.new(algorithm)
     buffer = memoryview(bytearray(min(_CHUNK, file.size)))
     for start in range(0, file.size, _CHUNK):
+        if stop is not None and stop.is_set():
+            raise CheckpointError("was not hashed to its end: it was no longer wanted", file=file.path)
         part = buffer[: min(_CHUNK, file.size - start)]
         file.read_into(part, start)
         hasher.update(part)

@@ -296,10 +296,13 @@ def test_what_is_not_verified_is_said(made):
     assert any("is not verified (verify = false)" in note for note in report.notes)
 
 
-def test_a_conversion_that_was_interrupted_is_no_checkpoint(made):
+@pytest.mark.parametrize("journal", [True, False])
+def test_what_was_interrupted_is_no_checkpoint(made, journal):
     shape, _, out = made(1)
-    (out / READY).rename(out / "sharding.journal")
-    with pytest.raises(CheckpointError, match=r"has no READY\.json.*--resume` completes it"):
+    (out / READY).unlink()
+    if journal:
+        (out / "sharding.journal").touch()
+    with pytest.raises(CheckpointError, match=r"has no READY\.json.*--resume` completes"):
         load(TensorParallelEngine(shape), out, format="auto")
 
 

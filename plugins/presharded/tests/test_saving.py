@@ -152,6 +152,13 @@ def test_if_one_rank_fails_none_goes_on_and_there_is_no_ready(llama, tmp_path, m
     assert not (out / READY).exists()
 
 
+def test_a_rank_that_stays_away_ends_it_for_the_others(llama, tmp_path):
+    group = Group(2)
+    engine = TensorParallelEngine(llama.SHAPE, size=2, rank=0, gather=group.gather(0))
+    with pytest.raises(LoadError, match=r"rank 0 waited 0\.1 s for the other ranks"):
+        save(engine, tmp_path / "saved", timeout=0.1)
+
+
 def test_a_rank_that_crashes_does_not_keep_the_others_waiting(llama, tmp_path):
     group = Group(2)
 

@@ -137,7 +137,9 @@ def _transformers_plan(root: Path, metas: Mapping[str, TensorMeta]) -> dict[str,
             f"auto asks Transformers, which is not installed: pip install transformers, or {_WHAT}"
         ) from exc
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(root, local_files_only=True)
+        config: Any = transformers.AutoConfig.from_pretrained(
+            root, local_files_only=True, trust_remote_code=False
+        )
     except (
         OSError,
         ValueError,

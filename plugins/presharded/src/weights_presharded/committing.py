@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from weights_presharded.journal import Journal
@@ -67,9 +68,12 @@ class Committer:
 
 
 def in_order(
-    items: Sequence[Output], work: Callable[[Output], list[str]], threads: int
-) -> Iterator[tuple[Output, list[str]]]:
-    """Yield what `work` makes of the items, in their order, several at work at a time."""
+    items: Sequence[Output], work: Callable[[Output], list[str]], threads: int, stop: threading.Event
+) -> Generator[tuple[Output, list[str]]]:
+    """Yield what `work` makes of the items, in their order, several at work at a time.
+
+    `stop` is set when no more of it is wanted.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="weights-cut")
     running: deque[tuple[Output, Future[list[str]]]] = deque()
     try:
@@ -82,4 +86,5 @@ def in_order(
             first, future = running.popleft()
             yield first, future.result()
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -128,7 +128,9 @@ def shard(
         if (out / READY).exists():
             return _complete(job, journal, started, resume=resume)
         hashing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="weights-digest"))
-        value = hashing.submit(_digest, found, digest)
+        stop = threading.Event()
+        stack.callback(stop.set)  # before the hashing is waited for
+        value = hashing.submit(_digest, found, digest, stop)
         digests, resumed = _cut_all(
             job, journal, shards, threads or min(4, len(os.sched_getaffinity(0))), progress
         )
@@ -209,8 +211,8 @@ class _Job:
         )
 
 
-def _digest(found: CheckpointFiles, known: str | None) -> str:
-    return known or content_digest(found, threads=1).value
+def _digest(found: CheckpointFiles, known: str | None, stop: threading.Event) -> str:
+    return known or content_digest(found, threads=1, stop=stop).value
 
 
 def _told_apart(due: Iterable[Output]) -> str:
@@ -257,12 +259,12 @@ def _cut_all(
     resumed = job.size * sum(output.nbytes for output in job.outputs if output.name in digests)
     total = job.size * sum(output.nbytes for output in job.outputs)
     _check_room(job.out, total - resumed)
-    reader, local = Reader(shards), threading.local()
+    reader, local, stop = Reader(shards), threading.local(), threading.Event()
     files = OpenFiles()
 
     def cut(output: Output) -> list[str]:
         if not hasattr(local, "cutter"):
-            local.cutter = Cutter(reader)
+            local.cutter = Cutter(reader, stop)
         planned = home[output.name]
         opened = [files.at(job.folder(rank) / planned.name, planned) for rank in range(job.size)]
         made: list[str] = local.cutter.cut(output, opened, planned.offsets[output.name])
@@ -272,7 +274,7 @@ def _cut_all(
         stack.callback(files.close)
         committer = stack.enter_context(Committer(journal, files))
         written = resumed
-        for output, made in in_order(left, cut, threads):
+        for output, made in stack.enter_context(contextlib.closing(in_order(left, cut, threads, stop))):
             digests[output.name] = made
             written += job.size * output.nbytes
             committer.done(output.name, made, job.size * output.nbytes, home[output.name].name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -99,10 +100,11 @@ Bytes = FileBytes | HeldBytes
 
 
 class Cutter:
-    """Cuts tensors, one at a time; each thread has its own."""
+    """Cuts tensors, one at a time; each thread has its own. `stop` ends it within a block."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, stop: threading.Event) -> None:
         self._reader = reader
+        self._stop = stop
         self._block = bytearray(BLOCK)
         self._scratch = bytearray(BLOCK)
 
@@ -127,6 +129,10 @@ class Cutter:
         }
         return [digests[rank] for rank in range(len(files))]
 
+    def _check_wanted(self) -> None:
+        if self._stop.is_set():
+            raise CheckpointError("was not cut to its end: the conversion was stopped")
+
     def _by_spans(self, part: Part, source: Bytes, sinks: Sequence[Sink]) -> None:
         for row in range(part.rows):
             start = row * part.row_bytes
@@ -134,6 +140,7 @@ class Cutter:
                 for begin, end in part.spans[sink.rank]:
                     for at, length in _blocks(start + begin, start + end):
                         data = memoryview(self._block)[:length]
+                        self._check_wanted()
                         source.read_into(data, at)
                         sink.write(data)
 
@@ -145,6 +152,7 @@ class Cutter:
         at_a_time = BLOCK // part.row_bytes
         for first in range(0, part.rows, at_a_time):
             count = min(at_a_time, part.rows - first)
+            self._check_wanted()
             source.read_into(memoryview(self._block)[: count * part.row_bytes], first * part.row_bytes)
             block = rows[: count * columns].view(count, columns)
             for sink in sinks:

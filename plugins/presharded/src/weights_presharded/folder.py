@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from weights_core import Declined, FormatClaim, Layout, LoadRequest, Role
 from weights_core.errors import CheckpointError
 from weights_core.types import Fit
-from weights_presharded.manifest import JOURNAL, READY, RankManifest, Ready
+from weights_presharded.manifest import JOURNAL, RANK_FOLDER, READY, RankManifest, Ready
 from weights_presharded.vllm import is_vllm
 
 if TYPE_CHECKING:
@@ -22,9 +23,17 @@ def kind_of(folder: Path) -> Kind | None:
     """Return what a folder is, from the names in it."""
     if (folder / READY).is_file():
         return "ready"
-    if (folder / JOURNAL).is_file():
+    if (folder / JOURNAL).is_file() or _has_ranks(folder):
         return "unfinished"
     return "vllm" if is_vllm(folder) else None
+
+
+def _has_ranks(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(RANK_FOLDER.fullmatch(entry.name) and entry.is_dir() for entry in entries)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return False
 
 
 def root_of(request: LoadRequest) -> Path:
@@ -63,7 +72,8 @@ def open_folder(request: LoadRequest, *, verify: bool) -> WeightSet:
         raise Declined(f"{root} was not cut for ranks")
     if kind == "unfinished":
         raise CheckpointError(
-            f"has no {READY}: its conversion was interrupted. `weights shard … --resume` completes it",
+            f"has no {READY}: what cut or saved it was interrupted. `weights shard … --resume` completes "
+            "what was cut; what an engine saved must be saved again",
             file=root,
         )
     if kind == "vllm":

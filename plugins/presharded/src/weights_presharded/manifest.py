@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 JOURNAL = "sharding.journal"
 SCHEMA = "weights.presharded/1"
 RANK_SCHEMA = "weights.presharded-rank/1"
+RANK_FOLDER = re.compile(r"rank-\d+-of-\d+")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TENSOR_DIGEST = re.compile(r"xxh3_128:[0-9a-f]{32}")
 

@@ -69,7 +69,7 @@ def save(
         ValueError: `digest` is none.
         PublishError: the engine cannot have its weights read in `layout`, or does not hold all of them.
         CheckpointError: the folder is complete already, or cannot be written.
-        LoadError: another rank failed.
+        LoadError: another rank failed, or did not come in time.
     """
     if digest is not None:
         check_form(digest)
@@ -85,7 +85,11 @@ def save(
             mine = work(), ""
         except Exception as exc:  # noqa: BLE001 - raised once the other ranks know
             mine, error = (None, str(exc) or type(exc).__name__), exc
-        everyone: Sequence[Any] = engine.gather(mine, timeout) if world.size > 1 else [mine]
+        try:
+            everyone: Sequence[Any] = engine.gather(mine, timeout) if world.size > 1 else [mine]
+        except TimeoutError as exc:
+            why = f"rank {world.rank} waited {timeout:g} s for the other ranks, and there is no {READY}"
+            raise LoadError(why) from (error or exc)
         if error is not None:
             raise error
         for rank, (_, why) in enumerate(everyone):

@@ -29,7 +29,7 @@ def is_vllm(folder: Path) -> bool:
     try:
         with os.scandir(folder) as entries:
             return any(_FILE.fullmatch(entry.name) for entry in entries)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return False
 
 
