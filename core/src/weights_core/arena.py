@@ -44,25 +44,6 @@ class Segment(Protocol):
         """Where it is mapped in this process."""
         ...
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are mapped."""
-        ...
-
-    @property
-    def is_open(self) -> bool:
-        """Whether its descriptor can be handed on."""
-        ...
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether what is mapped here is, and stays, what the descriptor is of."""
-        ...
-
-    def again(self) -> Segment:
-        """Return the same memory with a descriptor of its own, to be closed by itself."""
-        ...
-
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as a flat uint8 tensor that keeps the memory mapped."""
         ...
@@ -85,6 +66,29 @@ class Segment(Protocol):
 
     def close(self) -> None:
         """Give up the descriptor; the tensors keep their memory."""
+        ...
+
+
+class Shared(Segment, Protocol):
+    """A segment that says of itself whether it can be handed on by others than who made it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its descriptor can be handed on."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what is mapped here is, and stays, what the descriptor is of."""
+        ...
+
+    def again(self) -> Shared:
+        """Return the same memory with a descriptor of its own, to be closed by itself."""
         ...
 
 
@@ -173,7 +177,7 @@ class ArenaWriter:
     """Memory to share, handed out tensor by tensor, and sealed when all of it has been written."""
 
     def __init__(
-        self, create: Callable[[int], Segment], expected: int, existing: Sequence[Segment] = ()
+        self, create: Callable[[int], Segment], expected: int, existing: Sequence[Shared] = ()
     ) -> None:
         """Prepare; no memory is made yet.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from weights_core import Layout, live
-from weights_core.arena import ArenaWriter, Manifest, Segment, padded
+from weights_core.arena import ArenaWriter, Manifest, Segment, Shared, padded
 from weights_core.backing import Backing, HostBacking, backing_for
 from weights_core.errors import PublishError
 from weights_presharded.peer import hashing
@@ -118,12 +118,12 @@ def make_offer(
     )
 
 
-def new_writer(backing: Backing, nbytes: int, existing: Sequence[Segment] = ()) -> ArenaWriter:
+def new_writer(backing: Backing, nbytes: int, existing: Sequence[Shared] = ()) -> ArenaWriter:
     """Return memory to serve from: what is shared already, and none yet besides."""
     return ArenaWriter(lambda size: backing.create(size, private=backing.kind == "host"), nbytes, existing)
 
 
-def _shared_already(tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[Segment]:
+def _shared_already(tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[Shared]:
     """Return the memory that an owner has put the weights in, so that they are not moved out of it.
 
     Before post-load a mapping that is private has not been written to; later it may have been.

@@ -303,7 +303,8 @@ class Target:
         checked = "every tensor verified" if self._config.verify else "not verified, as the settings say"
         notes = [
             f"presharded: {pulled.manifest.layout.value} weights of {pulled.entry.name} by "
-            f"{pulled.transport}: {landing.nbytes / 1e6:,.1f} MB in {seconds:.3f} s, {rate:.2f} GB/s, {checked}",
+            f"{pulled.transport}: {landing.nbytes / 1e6:,.1f} MB in {seconds:.3f} s, {rate:.2f} GB/s, "
+            f"{checked}",
             f"presharded: the weights' digest is {self._found}",
             *(f"presharded: passed over {why}" for why in self._failed),
             *pulled.notes,
