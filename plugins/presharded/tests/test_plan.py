@@ -176,6 +176,12 @@ def test_the_first_rule_that_matches_decides(tmp_path):
 
 # What does not fit --------------------------------------------------------------------------------
 
+
+def test_no_ranks(tmp_path):
+    with pytest.raises(PlanError, match="one rank or more, not for 0"):
+        outputs(plan_of('[[rule]]\nmatch = "**"\n'), metas_of(a=(1,)), 0, config_of(tmp_path))
+
+
 MISFITS = {
     "left over": ('[[rule]]\nmatch = "a"\n', r"says nothing of 1 tensor: b.*match = '\*\*'"),
     "uneven": (

@@ -121,6 +121,18 @@ def test_a_model_that_is_not_filled_is_not_saved(tmp_path):
     assert not list((tmp_path / "saved").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [(torch.eye(2).to_sparse(), "only strided ones"), (torch.zeros(2, dtype=torch.complex128), "complex128")],
+)
+def test_a_tensor_that_no_file_can_hold_is_named(tmp_path, tensor, says):
+    engine = FakeEngine({"w": torch.ones(2)})
+    engine.params["w"] = tensor
+    with pytest.raises(PublishError, match=f"tensor 'w'.*{says}"):
+        save(engine, tmp_path / "saved")
+    assert not (tmp_path / "saved" / READY).exists()
+
+
 @pytest.mark.parametrize("name", [READY, "sharding.journal"])
 def test_a_folder_that_is_used_is_left_alone(tmp_path, name):
     (tmp_path / name).write_text("x")

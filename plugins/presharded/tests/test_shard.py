@@ -74,6 +74,7 @@ def test_files_beside_the_weights_are_copied_and_weights_are_not(source, plan, t
         (source / name).write_text(name)
     for name in ("pytorch_model.bin", "model.gguf", "model.onnx", ".hidden", "pytorch_model.bin.index.json"):
         (source / name).write_text(name)
+    (source / JOURNAL).write_text("another's")
     (source / "linked.json").symlink_to(source / "config.json")
     (source / "folder").mkdir()
     made = shard(source, tmp_path / "out", size=1, plan=read_plan(plan))

@@ -27,6 +27,7 @@ from weights_presharded.committing import Committer, in_order
 from weights_presharded.cutting import Cutter, Reader
 from weights_presharded.journal import Journal, refuse_others
 from weights_presharded.manifest import (
+    JOURNAL,
     MANIFEST,
     READY,
     RankEntry,
@@ -188,11 +189,6 @@ class _Job:
         """In which file each tensor lies."""
         return {name: file for file in self.files for name in file.offsets}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files of all ranks."""
-        return self.size * sum(file.nbytes for file in self.files)
-
     def folder(self, rank: int) -> Path:
         """Return a rank's folder."""
         return self.out / rank_folder(rank, self.size)
@@ -341,7 +337,11 @@ def _copy_others(found: CheckpointFiles, out: Path) -> list[str]:
     with naming(found.root):
         names = sorted(entry.name for entry in os.scandir(found.root) if entry.is_file())
     for name in names:
-        if name.startswith(".") or name.endswith((*_WEIGHTS, ".index.json")) or name in (SIDECAR, READY):
+        if (
+            name.startswith(".")
+            or name.endswith((*_WEIGHTS, ".index.json"))
+            or name in (SIDECAR, READY, JOURNAL)
+        ):
             continue
         with naming(found.root / name), open(found.root / name, "rb") as source:
             write_whole(out / name, iter(partial(source.read, _COPY), b""))

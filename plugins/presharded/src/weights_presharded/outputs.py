@@ -111,6 +111,8 @@ def outputs(
     Raises:
         PlanError: the plan does not fit the checkpoint or the number of ranks; names the tensor.
     """
+    if size < 1:
+        raise PlanError(f"a checkpoint is cut for one rank or more, not for {size}")
     groups, left = _assign(plan, metas)
     if left:
         raise PlanError(

@@ -134,6 +134,8 @@ def _held(engine: Engine, layout: Layout, folder: Path) -> Mapping[str, torch.Te
     Raises:
         PublishError, CheckpointError: as `save`.
     """
+    import torch
+
     info = engine.info
     if layout is Layout.CHECKPOINT or layout not in info.shareable:
         raise PublishError(f"engine {info.name} does not share {layout.value} weights, so they are not saved")
@@ -145,6 +147,9 @@ def _held(engine: Engine, layout: Layout, folder: Path) -> Mapping[str, torch.Te
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if missing or empty:
         raise PublishError(f"refusing to save a model that is not filled: {listed(missing or empty)}")
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise PublishError(f"tensor {name!r} is {tensor.layout}: only strided ones can be saved")
     return tensors
 
 
