@@ -7,20 +7,25 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-DISTS  := core plugins/parallel_shards plugins/consumable plugins/gms
+DISTS  := core plugins/parallel_shards plugins/consumable plugins/gms plugins/presharded
 READY  := $(VENV)/.ready
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test lint format bench docs system clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: $(READY)
+test: $(READY) system
 	$(BIN)/python -m pytest --cov
 	$(BIN)/coverage report --include='*/weights_core/*' --fail-under=90 > /dev/null
+
+# What tests need of the system: a Redis server. Where it can't be installed here, they say how.
+system:
+	@command -v redis-server > /dev/null || apt-get install -y --no-install-recommends redis-server \
+		|| echo 'please run: sudo apt-get install -y redis-server'
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -39,7 +39,7 @@ READERS = 8
 ATTACHING = """
 import json, sys, time, os
 sys.path.append(sys.argv[1])
-from weights_gms import wire
+from weights_core import wire
 import socket
 end, count = time.monotonic() + 3.0, 0
 message = wire.pack({"op": "open", "members": [[sys.argv[3], json.loads(sys.argv[4])]], "rank": 0,
@@ -163,7 +163,7 @@ def further_readers(path: Path, settings: Settings) -> None:
     assert found is not None
     slot = found["slots"][0]
     identity = json.dumps(slot["generations"][0]["identity"])
-    source = str(Path(client.__file__).parent.parent)
+    source = str(Path(w.__file__).parent.parent)
     line = [sys.executable, "-I", "-S", "-c", ATTACHING, source, where, slot["slot"], identity]
     asking = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     attached = sum(int(process.communicate()[0]) for process in asking)

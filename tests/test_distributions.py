@@ -53,7 +53,14 @@ def test_what_the_wheels_require_is_there(clean):
 
 def test_plugins_are_found_by_their_entry_points(clean):
     lines = run(clean / "weights", "plugins").splitlines()
-    assert [line.split()[0] for line in lines] == ["consumable", "disk", "gms", "parallel_shards", "probe"]
+    assert [line.split()[0] for line in lines] == [
+        "consumable",
+        "disk",
+        "gms",
+        "parallel_shards",
+        "presharded",
+        "probe",
+    ]
     assert all(" ok" in line for line in lines)
     where = run(clean / "python", "-c", "import weights_core; print(weights_core.__file__)")
     assert str(clean.parent) in where

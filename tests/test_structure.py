@@ -16,6 +16,7 @@ PACKAGES = {
     "weights_parallel_shards": ROOT / "plugins/parallel_shards/src/weights_parallel_shards",
     "weights_consumable": ROOT / "plugins/consumable/src/weights_consumable",
     "weights_gms": ROOT / "plugins/gms/src/weights_gms",
+    "weights_presharded": ROOT / "plugins/presharded/src/weights_presharded",
 }
 SOURCES = sorted(
     p
@@ -112,6 +113,7 @@ def test_the_core_knows_no_plugin_and_no_engine_by_name():
         "weights_parallel_shards.plugin",
         "weights_consumable.plugin",
         "weights_gms.plugin",
+        "weights_presharded.plugin",
     ],
 )
 def test_importing_loads_no_torch_and_installs_no_handler(module):

@@ -58,6 +58,12 @@ sound = weights_core.testing.broken.sources:SoundSource
 casts = weights_core.testing.broken.sources:SourceCasts
 absent = no_such_module_at_all:Plugin
 refuses = weights_check_refuses:Refuses
+tape = weights_check_refuses:Refuses
+crashes = weights_check_refuses:Refuses
+
+[weights.contracts]
+tape = weights_check_refuses:subjects
+crashes = weights_check_refuses:crash
 """
 REFUSES = """
 from weights_core import FormatClaim, hookimpl
@@ -68,6 +74,13 @@ class Refuses:
     @hookimpl
     def resolve_format(self, request):
         return FormatClaim.refuse("not a tape")
+
+def subjects(settings):
+    from my_contracts import Sound
+    return [(Sound.subject(), {"resolving_twice_answers_the_same": f"for a test, with {settings}"})]
+
+def crash(settings):
+    raise OSError("no tape")
 """
 
 
@@ -109,6 +122,23 @@ def failed(*arguments, code):
     assert isinstance(result.exception, SystemExit)
     (line,) = result.stderr.splitlines()
     return line
+
+
+def test_what_a_distribution_brings_is_what_its_plugin_is_tried_on(few_clauses, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    config = tmp_path / "weights.toml"
+    config.write_text("[tape]\nspeed = 3\n")
+    result = run("tape", "--config", config)
+    assert result.exit_code == 0, result.output
+    heading, *lines, last = result.stdout.splitlines()
+    assert heading == "weights-tried 1.0: tape as a source"
+    assert any("for a test, with {'speed': 3}" in line for line in lines)
+    assert last == "2 clauses: 1 excluded, 1 hold"
+
+
+def test_a_brought_contract_that_crashes_is_the_distributions_fault():
+    line = failed("crashes", code=3)
+    assert "the contract that weights-tried 1.0 brings: OSError: no tape" in line
 
 
 # The whole of it, as a command ----------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,7 +15,14 @@ import xxhash
 
 from weights_core import digest as digests
 from weights_core.checkpoint import find
-from weights_core.digest import SIDECAR, check_form, content_digest, write_sidecar
+from weights_core.digest import (
+    SIDECAR,
+    check_form,
+    checkpoint_digest,
+    content_digest,
+    write_content,
+    write_sidecar,
+)
 from weights_core.errors import CheckpointError
 from weights_core.testing import write_checkpoint
 
@@ -167,6 +175,29 @@ def test_a_sidecar_without_a_digest_is_named(path, environ):
         content_digest(find(path), environ=environ)
 
 
+def test_a_folder_says_of_which_checkpoint_it_holds_the_weights(path, tmp_path, environ):
+    due = content_digest(find(path), environ=environ).value
+    assert checkpoint_digest(path, environ=environ).value == due
+    other = tmp_path / "other"
+    (other / "part").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        checkpoint_digest(other, environ=environ)
+    write_content(other, due)
+    found = checkpoint_digest(other, environ=environ)
+    assert (found.value, origins(found), found.bytes_hashed) == (due, {"sidecar"}, 0)
+    assert checkpoint_digest(other, "part", environ=environ).value == due
+    write_content(other / "part", "xxh3_128:" + "0" * 32)
+    assert checkpoint_digest(other, "part", environ=environ).value == "xxh3_128:" + "0" * 32
+
+
+def test_a_folder_that_says_no_digest_is_named(tmp_path, environ):
+    with pytest.raises(ValueError, match="is no digest"):
+        write_content(tmp_path, "made up")
+    (tmp_path / SIDECAR).write_text('{"schema": "weights.digests/1", "files": {}, "content": "made up"}')
+    with pytest.raises(CheckpointError, match=f"{SIDECAR}.*its content is no digest"):
+        checkpoint_digest(tmp_path, environ=environ)
+
+
 def test_a_file_that_changes_while_it_is_hashed_is_an_error(tmp_path, environ, monkeypatch):
     path = write_checkpoint(tmp_path / "ckpt", {"a": torch.ones(4000)})
     file = path / "model.safetensors"
@@ -181,6 +212,14 @@ def test_a_file_that_changes_while_it_is_hashed_is_an_error(tmp_path, environ, m
     monkeypatch.setattr(xxhash, "xxh3_128", Meddling)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         content_digest(find(path), environ=environ)
+
+
+def test_hashing_ends_when_it_is_no_longer_wanted(path, environ):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CheckpointError, match="no longer wanted"):
+        content_digest(find(path), environ=environ, stop=stop)
+    assert origins(content_digest(find(path), environ=environ)) == {"hashed"}
 
 
 def test_processes_that_ask_at_once_hash_once(tmp_path, environ):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes weights interchangeable, and how a mismatch is told."""
 
+import json
 import pickle
 
 import attrs
@@ -186,3 +187,30 @@ def test_an_identity_does_not_share_the_mapping_it_was_given():
 def test_an_identity_can_be_sent_to_another_process():
     made = Identity.of(INFO, "abc", Layout.FINAL)
     assert pickle.loads(pickle.dumps(made)) == made
+
+
+def test_plain_values_there_and_back():
+    made = Identity.of(INFO, "abc", Layout.SHARDED)
+    assert Identity.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"digest": ""},
+        {"digest": 3},
+        {"dtype": 3},
+        {"layout": "flat"},
+        {"axes": {"tp": [2, 2]}},
+        {"axes": {"tp": [2.0, 1]}},
+        {"axes": {"tp": 2}},
+        {"axes": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_what_is_no_identity_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"."):
+        Identity.from_dict(Identity.of(INFO, "abc", Layout.SHARDED).as_dict() | wrong)
+    with pytest.raises(ValueError, match="is no identity"):
+        Identity.from_dict({})

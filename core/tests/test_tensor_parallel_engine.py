@@ -116,6 +116,18 @@ def test_sharded_weights_of_an_equal_rank_are_bound_as_they_are(tmp_path, size):
         assert all(taker.params[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
 
 
+def test_sharded_weights_are_filled_in_where_the_set_says_so():
+    shape = LlamaShape()
+    given = Spy(cut(shape, shape.checkpoint(), 4, 1))
+    given.fills = True
+    taker = TensorParallelEngine(shape, size=4, rank=1)
+    before = {name: tensor.data_ptr() for name, tensor in taker.params.items()}
+    applied = taker.bind(given)
+    same(taker.params, given.tensors)
+    assert before == {name: tensor.data_ptr() for name, tensor in taker.params.items()}
+    assert applied.written == given.tensors.keys() == set(given.released)
+
+
 def test_shards_of_another_size_are_refused_and_named():
     shape = LlamaShape()
     half = TensorParallelEngine(shape, size=2).tensors(Layout.SHARDED)

@@ -13,6 +13,7 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -151,6 +152,17 @@ def test_bind_takes_the_tensors_themselves():
     assert all(engine.params[name] is tensor for name, tensor in TENSORS.items())
     assert (applied.written, applied.unused) == (TENSORS.keys(), ("stranger",))
     assert (engine.events, engine.untouched()) == (["bind"], False)
+
+
+def test_bind_fills_the_memory_that_is_there_if_the_set_says_so():
+    engine = FakeEngine(TENSORS)
+    before = {name: tensor.data_ptr() for name, tensor in engine.params.items()}
+    weights = InMemory(TENSORS)
+    weights.fills = True
+    applied = engine.bind(weights)
+    assert before == {name: tensor.data_ptr() for name, tensor in engine.params.items()}
+    assert engine.contents() == FakeEngine.contents(SimpleNamespace(params=TENSORS))
+    assert (applied.written, engine.events) == (TENSORS.keys(), ["bind"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

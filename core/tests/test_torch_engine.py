@@ -758,6 +758,44 @@ def test_bind_makes_the_sets_own_tensors_the_parameters(tmp_path, make):
     assert report.applied.host_bytes == 0
 
 
+class Filling(Held):
+    """Tensors that `bind` is to bring into memory of the engine's own."""
+
+    fills = True
+
+
+@pytest.mark.parametrize("make", [Net, lambda: on_meta(Net)])
+def test_bind_fills_memory_of_its_own_where_the_set_says_so(tmp_path, make):
+    model = make()
+    tensors = seeded(model)
+    before = {n: t.data_ptr() for n, t in model.state_dict(keep_vars=True).items() if not t.is_meta}
+    given = Filling(tensors)
+    report = load(TorchEngine(model), saved(tmp_path, model), host=host_of(resident=resident(given)))
+    assert report.provider == "resident"
+    assert_holds(model, tensors)
+    entries = model.state_dict(keep_vars=True)
+    theirs = {t.data_ptr() for t in tensors.values()}
+    assert not theirs & {t.data_ptr() for t in entries.values()}
+    assert before == {n: t.data_ptr() for n, t in entries.items() if n in before}
+
+
+def test_bind_checks_what_it_fills_before_it_is_filled():
+    model = Net()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    tensors = seeded(model)
+    for wrong, match in (
+        (tensors | {"stranger": torch.ones(1)}, "unexpected .*stranger"),
+        (tensors | {"embed.weight": torch.ones(1)}, "embed.weight: checkpoint has shape"),
+        ({n: t for n, t in tensors.items() if n != "scale"}, "missing .*scale"),
+        (tensors | {"scale": tensors["scale"].double()}, "checkpoint has dtype F64"),
+    ):
+        engine = TorchEngine(model, cast=True)
+        with pytest.raises(CoverageError, match=match):
+            engine.bind(Filling(wrong))
+        assert engine.untouched()
+    assert_holds(model, before)
+
+
 def test_bind_keeps_subclass_and_attributes():
     parameter = Special(torch.empty(2, device="meta"), requires_grad=False)
     parameter.weight_loader = print

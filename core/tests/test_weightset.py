@@ -296,7 +296,7 @@ def test_a_wrapper_forwards_every_property(inner, name):
 def test_a_wrapper_overrides_every_method_that_a_set_may_override():
     derived = {"meta", "lazy", "keys", "items", "values", "get"}  # these follow from metas and read
     public = {name for name, _ in inspect.getmembers(WeightSet) if not name.startswith("_")} - derived
-    assert public - vars(WeightSetWrapper).keys() == {"layout", "provider", "in_place"}
+    assert public - vars(WeightSetWrapper).keys() == {"layout", "provider", "in_place", "fills"}
 
 
 def test_a_wrapper_is_a_set_itself(weights):

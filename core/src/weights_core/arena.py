@@ -69,6 +69,29 @@ class Segment(Protocol):
         ...
 
 
+class Shared(Segment, Protocol):
+    """A segment that says of itself whether it can be handed on by others than who made it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its descriptor can be handed on."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what is mapped here is, and stays, what the descriptor is of."""
+        ...
+
+    def again(self) -> Shared:
+        """Return the same memory with a descriptor of its own, to be closed by itself."""
+        ...
+
+
 class Place(NamedTuple):
     """Where one tensor lies: `shape` and `strides` (elements) are torch's, `offset` counts bytes.
 
@@ -153,18 +176,21 @@ class Manifest:
 class ArenaWriter:
     """Memory to share, handed out tensor by tensor, and sealed when all of it has been written."""
 
-    def __init__(self, create: Callable[[int], Segment], expected: int) -> None:
+    def __init__(
+        self, create: Callable[[int], Segment], expected: int, existing: Sequence[Shared] = ()
+    ) -> None:
         """Prepare; no memory is made yet.
 
         Args:
             create: makes a segment of at least so many bytes.
             expected: bytes that will be asked for in all, about; sizes the segments.
+            existing: full segments that belong to the arena too; taken over.
         """
         self._create = create
         self._expected = expected
-        self._segments: list[Segment] = []
-        self._capacity: list[int] = []
-        self._used: list[int] = []
+        self._segments: list[Segment] = list(existing)
+        self._capacity: list[int] = [segment.nbytes for segment in existing]
+        self._used: list[int] = [segment.nbytes for segment in existing]
 
     @property
     def nbytes(self) -> int:

@@ -109,9 +109,14 @@ def backing_for(info: EngineInfo) -> Backing:
         EngineError: its device is neither the host's nor CUDA.
         ExtraNotInstalledError: sharing CUDA memory needs a package that is not installed.
     """
-    kind = info.device.partition(":")[0]
+    return backing_of(info.device)
+
+
+def backing_of(device: str) -> Backing:
+    """Return the memory of a device, as torch names it; raises as `backing_for`."""
+    kind = device.partition(":")[0]
     if kind == "cpu":
         return HostBacking()
     if kind == "cuda":
-        return CudaBacking(Device(info.device))
-    raise EngineError(f"weights on {info.device} cannot be shared: only the host's memory and CUDA's can")
+        return CudaBacking(Device(device))
+    raise EngineError(f"weights on {device} cannot be shared: only the host's memory and CUDA's can")

@@ -13,6 +13,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from weights_core import live
 from weights_core.errors import ArenaError, ExtraNotInstalledError
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ class CudaSegment:
         self.mapping = mapping
         self.private = private
         self._close = weakref.finalize(self, os.close, descriptor)
+        live.add(self)
 
     @classmethod
     def create(cls, device: Device, nbytes: int, *, private: bool) -> CudaSegment:
@@ -220,6 +222,25 @@ class CudaSegment:
     def address(self) -> int:
         """Where it is mapped in this process."""
         return self.mapping.address
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+        return self.mapping.length
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its descriptor is not closed, and is of what is mapped here."""
+        return self._close.alive and not self.private
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is no copy of its own; on a device nothing is sealed."""
+        return not self.private
+
+    def again(self) -> CudaSegment:
+        """Return the same mapping with a descriptor of its own."""
+        return CudaSegment(os.dup(self.descriptor), self.mapping, private=self.private)
 
     def fitted(self, used: int) -> int:
         """All of it: device memory cannot be cut."""

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 import attrs
 
-from weights_core.checkpoint import CheckpointFiles
+from weights_core.checkpoint import CheckpointFiles, find
 from weights_core.errors import CheckpointError
 from weights_core.files import File
 
@@ -63,7 +64,11 @@ _SAID = {
 
 
 def content_digest(
-    found: CheckpointFiles, *, environ: Mapping[str, str] = os.environ, threads: int = 4
+    found: CheckpointFiles,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    threads: int = 4,
+    stop: threading.Event | None = None,
 ) -> Digest:
     """Return the digest of what the files of a checkpoint hold; their names and places don't matter.
 
@@ -71,9 +76,11 @@ def content_digest(
         found: the checkpoint.
         environ: says where the cache is: `XDG_CACHE_HOME`, else `HOME`.
         threads: files hashed at a time.
+        stop: ends the hashing when it is set.
 
     Raises:
-        CheckpointError: a file cannot be read, changed while it was hashed, or the sidecar is wrong.
+        CheckpointError: a file cannot be read, changed while it was hashed, or the sidecar is wrong; or
+            it was stopped.
     """
     started = time.perf_counter()
     said = _read_sidecar(found)
@@ -93,7 +100,7 @@ def content_digest(
             unknown.append(path)
     if unknown:
         with ThreadPoolExecutor(min(threads, len(unknown))) as pool:
-            hashed = pool.map(lambda path: _cached_or_hashed(path, cache), unknown)
+            hashed = pool.map(lambda path: _cached_or_hashed(path, cache, stop), unknown)
             digests.update(zip(unknown, hashed, strict=True))
     return Digest(
         value=_combined([digest for digest, _ in digests.values()]),
@@ -101,6 +108,46 @@ def content_digest(
         bytes_hashed=sum(path.stat().st_size for path, (_, origin) in digests.items() if origin == "hashed"),
         seconds=time.perf_counter() - started,
     )
+
+
+def checkpoint_digest(
+    path: Path,
+    component: str | None = None,
+    is_pipeline: bool | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+) -> Digest:
+    """Return the digest of the checkpoint at `path`, whatever its format.
+
+    A folder that holds the weights of a checkpoint in another form says in its sidecar of which:
+    `"content": "algorithm:hex"`. Else it is that of the files.
+
+    Args:
+        path: the checkpoint.
+        component: a component of a pipeline.
+        is_pipeline: as `LoadRequest.is_pipeline`.
+        environ: as `content_digest`.
+
+    Raises:
+        CheckpointError: as `content_digest`, and if there is no checkpoint.
+    """
+    for folder in (path / component, path) if component else (path,):
+        sidecar = folder / SIDECAR
+        said = _parse_sidecar(sidecar).get("content") if folder.is_dir() else None
+        if said is not None:
+            if not _FORM.fullmatch(str(said)):
+                raise CheckpointError("its content is no digest, algorithm:hex", file=sidecar)
+            return Digest(said, {sidecar: "sidecar"}, 0, 0.0)
+    return content_digest(find(path, component, is_pipeline), environ=environ)
+
+
+def write_content(folder: Path, digest: str) -> Path:
+    """Say in the sidecar of a folder that it holds the weights of the checkpoint with `digest`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    return _write_sidecar(folder, {"content": check_form(digest), "files": {}})
 
 
 def check_form(digest: str) -> str:
@@ -124,10 +171,17 @@ def write_sidecar(found: CheckpointFiles) -> Path:
         path.name: {"bytes": path.stat().st_size, "digest": _hash(File(path), "sha256")}
         for path in found.files
     }
-    target = found.root / SIDECAR
+    return _write_sidecar(found.root, {"files": files})
+
+
+def _write_sidecar(folder: Path, told: Mapping[str, object]) -> Path:
+    target = folder / SIDECAR
     part = target.with_suffix(f".{os.getpid()}.part")
     try:
-        part.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1) + "\n")
+        with open(part, "w") as out:
+            out.write(json.dumps({"schema": SCHEMA, **told}, indent=1) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
         part.replace(target)
     except OSError as exc:
         part.unlink(missing_ok=True)
@@ -153,8 +207,7 @@ def _hub(path: Path) -> str | None:
     return f"sha256:{blob.name}" if is_cache and _SHA256.fullmatch(blob.name) else None
 
 
-def _read_sidecar(found: CheckpointFiles) -> dict[Path, str]:
-    path = found.root / SIDECAR
+def _parse_sidecar(path: Path) -> dict[str, Any]:
     try:
         parsed: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -163,9 +216,18 @@ def _read_sidecar(found: CheckpointFiles) -> dict[Path, str]:
         raise CheckpointError(f"cannot be read: {exc.strerror}", file=path) from exc
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"is not valid JSON: {exc}", file=path) from exc
-    files = parsed.get("files") if isinstance(parsed, dict) and parsed.get("schema") == SCHEMA else None
-    if not isinstance(files, dict):
+    if (
+        not isinstance(parsed, dict)
+        or parsed.get("schema") != SCHEMA
+        or not isinstance(parsed.get("files"), dict)
+    ):
         raise CheckpointError(f"is not a table of digests of the schema {SCHEMA}", file=path)
+    return parsed
+
+
+def _read_sidecar(found: CheckpointFiles) -> dict[Path, str]:
+    path = found.root / SIDECAR
+    files = _parse_sidecar(path).get("files", {})
     said = {}
     for file in found.files:
         entry = files.get(file.name)
@@ -212,7 +274,7 @@ def _entry(cache: Path, found: os.stat_result) -> Path:
     return cache / f"{found.st_dev:x}-{found.st_ino:x}"
 
 
-def _cached_or_hashed(path: Path, cache: Path | None) -> tuple[str, Origin]:
+def _cached_or_hashed(path: Path, cache: Path | None, stop: threading.Event | None) -> tuple[str, Origin]:
     file = File(path)
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
@@ -222,7 +284,7 @@ def _cached_or_hashed(path: Path, cache: Path | None) -> tuple[str, Origin]:
             kept = _kept(entry, found)
             if kept is not None:
                 return kept, "cache"
-        digest = _hash(file, "xxh3_128")
+        digest = _hash(file, "xxh3_128", stop)
         if entry is not None and _settled(path, found):
             record = json.dumps({"key": _key(found), "digest": digest}).encode()
             os.ftruncate(entry, 0)
@@ -264,7 +326,7 @@ def _settled(path: Path, found: os.stat_result) -> bool:
     return stat.S_ISREG(now.st_mode) and _key(now) == _key(found) and time.time_ns() - changed > _SETTLED_NS
 
 
-def _hash(file: File, algorithm: str) -> str:
+def _hash(file: File, algorithm: str, stop: threading.Event | None = None) -> str:
     hasher: Any
     if algorithm == "xxh3_128":
         import xxhash
@@ -274,6 +336,8 @@ def _hash(file: File, algorithm: str) -> str:
         hasher = hashlib.new(algorithm)
     buffer = memoryview(bytearray(min(_CHUNK, file.size)))
     for start in range(0, file.size, _CHUNK):
+        if stop is not None and stop.is_set():
+            raise CheckpointError("was not hashed to its end: it was no longer wanted", file=file.path)
         part = buffer[: min(_CHUNK, file.size - start)]
         file.read_into(part, start)
         hasher.update(part)

@@ -18,6 +18,8 @@ log = logging.getLogger("weights")
 
 GROUP = "weights.plugins"
 COMMANDS = "weights.commands"
+CONTRACTS = "weights.contracts"
+"""A function of a plugin's settings that returns subjects of the contract, each with its exclusions."""
 BUILT_IN = "disk"
 
 
@@ -54,7 +56,7 @@ def _changed(folder: str) -> int | None:
         return None
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _scan(_path: tuple[tuple[str, int | None], ...], group: str) -> tuple[Installed, ...]:
     from importlib.metadata import distribution, distributions
 

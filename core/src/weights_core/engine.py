@@ -64,9 +64,13 @@ class Engine(Protocol):
     def bind(self, weights: WeightSet) -> Applied:
         """Take weights in the SHARDED or FINAL layout: this engine's names and shapes, as they are.
 
-        The tensors themselves become the parameters, without a copy.
+        They are never cut, fused or mapped again. If `weights.fills`, they are brought into memory of
+        the engine's own by `weights.fill`, and released as `apply` does; else the tensors themselves
+        become the parameters, without a copy.
 
         Raises:
+            CoverageError: tensors are missing or do not fit; before anything is written, if that
+                can be known.
             EngineError: the engine cannot; such an engine does not accept these layouts.
         """
         raise EngineError(f"engine {self.info.name} cannot bind {weights.layout.value} weights")

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import attrs
 
 from weights_core.errors import IdentityMismatchError
 from weights_core.types import Axis, EngineInfo, Layout
+
+_TEXTS = ("digest", "role", "engine", "engine_version", "model")
+_MAYBE = ("component", "dtype", "quantization")
 
 
 def _plain(axes: Mapping[str, Axis]) -> dict[str, Axis]:
@@ -52,6 +55,36 @@ class Identity:
             quantization=info.quantization,
             axes=info.topology.axes,
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; `from_dict` reads them back."""
+        axes = {name: [axis.size, axis.rank] for name, axis in sorted(self.axes.items())}
+        names = [field.name for field in attrs.fields(Identity)]
+        return {name: getattr(self, name) for name in names} | {"layout": self.layout.value, "axes": axes}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
+        """Read what `as_dict` returned, and believe nothing in it.
+
+        Raises:
+            ValueError: it is no identity.
+        """
+        try:
+            fields = dict(given)
+            texts = {name: fields.pop(name) for name in _TEXTS}
+            maybe = {name: fields.pop(name) for name in _MAYBE}
+            layout = Layout(fields.pop("layout"))
+            axes = {str(name): Axis(*pair) for name, pair in fields.pop("axes").items()}
+            sound = (
+                all(isinstance(text, str) for text in texts.values())
+                and all(text is None or isinstance(text, str) for text in maybe.values())
+                and all(type(n) is int for axis in axes.values() for n in (axis.size, axis.rank))
+            )
+            if fields or not sound:
+                raise ValueError(f"fields that are none, or of another type: {fields or given}")
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise ValueError(f"is no identity: {type(exc).__name__}: {exc}") from exc
+        return cls(layout=layout, axes=axes, **texts, **maybe)
 
     def differences(self, other: Identity) -> dict[str, tuple[object, object]]:
         """Return each field in which the two differ, with both values."""

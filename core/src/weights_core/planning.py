@@ -53,7 +53,11 @@ def make_plan(hooks: Hooks, request: LoadRequest) -> Plan:
         owner=owners[0] if owners else None,
         sources=sources,
         wrappers=tuple(_with(claims, Role.WRAPPER)),
-        publishers={name: claims[name] for name in _with(claims, Role.PUBLISHER)},
+        publishers={
+            # the owner first: what it has placed is shared already when the others see it
+            name: claims[name]
+            for name in sorted(_with(claims, Role.PUBLISHER), key=lambda name: name not in owners)
+        },
         decisions=_decisions(hooks, claims, first=(*owners, *sources)),
     )
     if not plan.providers:

@@ -119,9 +119,12 @@ class TorchEngine(Engine):
             CoverageError: before anything is read: tensors are missing, or shapes or dtypes
                 differ. After reading: two names of one tied parameter hold different bytes.
         """
+        return self._take(weights, may_cast=True)
+
+    def _take(self, weights: WeightSet, *, may_cast: bool) -> Applied:
         tensors, metas = _named_tensors(self.model), weights.metas
         ties = _ties(tensors)
-        self._check_fit(tensors, ties, metas)
+        self._check_fit(tensors, ties, metas, may_cast=may_cast)
         staged: dict[int, torch.Tensor] = {}
         targets, twins = [], []
         for group in ties:
@@ -149,7 +152,7 @@ class TorchEngine(Engine):
         return [name for name in weights if name not in tensors]
 
     def bind(self, weights: WeightSet) -> Applied:
-        """Make the set's own tensors the parameters, without a copy.
+        """Make the set's own tensors the parameters, without a copy; or fill the parameters, if it says so.
 
         Raises:
             CoverageError: a tensor is missing, is not expected, or differs in shape, dtype or device,
@@ -160,6 +163,8 @@ class TorchEngine(Engine):
         unexpected = [name for name in metas if name not in tensors]
         if unexpected:
             raise CoverageError(f"unexpected {coverage.listed(unexpected)}", unexpected=unexpected)
+        if weights.fills:
+            return self._take(weights, may_cast=False)
         self._check_fit(tensors, ties, metas, may_cast=False)
         firsts = {next(name for name in group if name in metas): group for group in ties}
         given = {

@@ -59,6 +59,12 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
     provider: str = ""
     in_place: bool = False
     """True if the provider has already written the weights into the engine's parameters."""
+    fills: bool = False
+    """True if `Engine.bind` is to have `fill` bring the tensors into memory of the engine's own.
+
+    Else they lie in memory that is there to stay, which becomes the parameters without a copy. Says
+    nothing at CHECKPOINT, where engines always read into memory of their own.
+    """
 
     @property
     @abc.abstractmethod
@@ -205,6 +211,7 @@ class WeightSetWrapper(WeightSet):
         self.layout = inner.layout
         self.provider = inner.provider
         self.in_place = inner.in_place
+        self.fills = inner.fills
 
     @property
     def metas(self) -> Mapping[str, TensorMeta]:

@@ -14,8 +14,9 @@ import sys
 import time
 import traceback
 
+from weights_core import wire
 from weights_core.memory import HostSegment
-from weights_gms import client, wire
+from weights_gms import client
 
 
 class Peer:

@@ -556,7 +556,8 @@ def test_a_limit_on_file_sizes_is_a_clear_error(load, tmp_path, where):
 
 def test_other_weights_than_were_asked_for_are_refused(load, monkeypatch):
     kept = load()
-    monkeypatch.setattr(owner, "plain", lambda identity, real=owner.plain: real(identity) | {"dtype": "F64"})
+    real = w.Identity.as_dict
+    monkeypatch.setattr(w.Identity, "as_dict", lambda identity: real(identity) | {"dtype": "F64"})
     monkeypatch.setattr(owner, "open_slot", lambda at, ask, real=owner.open_slot: real(at, honest(ask)))
 
     def honest(ask):

@@ -6,13 +6,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
 
 from weights_core.config import did_you_mean
-from weights_core.discovery import BUILT_IN, built_in, check_names, installed
+from weights_core.discovery import BUILT_IN, CONTRACTS, built_in, check_names, installed
 from weights_core.errors import ExtraNotInstalledError, PluginError, PluginNotFoundError
 
 if TYPE_CHECKING:
@@ -43,11 +43,30 @@ def tried(
             raise PluginError(f"{contract} is the contract of plugin {subject.name!r}, not of {name!r}")
         yield f"{plugins[name].origin}: {name}, by {contract}", verdicts(subject, exclusions)
         return
+    brought = _of_distribution(name, settings)
+    for subject, exclusions in brought:
+        yield f"{plugins[name].origin}: {name} as a {subject.role.value}", verdicts(subject, exclusions)
+    if brought:
+        return
     plugin = plugins[name]
     if name == BUILT_IN:  # tried under another name: hosts bring it along under its own
         plugin = attrs.evolve(plugin, name="built_in")
     for subject in subjects(plugin, settings):
         yield f"{plugin.origin}: {name} as a {subject.role.value}", verdicts(subject, {})
+
+
+def _of_distribution(
+    name: str, settings: Mapping[str, object]
+) -> Sequence[tuple[Subject, Mapping[str, str]]]:
+    """Return what a plugin's distribution brings to try it on: it may not read safetensors checkpoints."""
+    found = [one for one in installed(CONTRACTS) if one.name == name]
+    check_names(found)
+    if not found:
+        return ()
+    try:
+        return list(found[0].load()(settings))
+    except Exception as exc:  # a third party's function may raise anything
+        raise PluginError(f"the contract that {found[0].origin} brings: {type(exc).__name__}: {exc}") from exc
 
 
 def _of_author(contract: str) -> tuple[Subject, Mapping[str, str]]:

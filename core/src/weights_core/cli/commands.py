@@ -262,7 +262,8 @@ def doctor(path: Path, config_file: Path | None, as_json: bool) -> None:
 def check(name: str, contract: str | None, config_file: Path | None, as_json: bool) -> None:
     """Try the installed plugin NAME on its contract, clause by clause.
 
-    Without --contract it is tried on safetensors checkpoints, in each role that it takes. Exits with
+    Without --contract it is tried on what its distribution brings for that, else on safetensors
+    checkpoints, in each role that it takes. Exits with
     3 if a clause is broken, with 1 if the given contract could not be tried.
 
     \b

@@ -65,18 +65,12 @@ class FakeEngine(Engine):
 
     def apply(self, weights: WeightSet) -> Applied:
         """Write into the memory that is there."""
-        self._touched = True
-        self.events.append("apply")
-        applied = self._taking(weights)
-        targets = [Target(name, out) for name, out in self.params.items() if name in applied.written]
-        for done, target in enumerate(weights.fill(targets), start=1):
-            weights.release([target.name])
-            if done * 2 >= len(targets):
-                self._may_fail("apply")
-        return applied
+        return self._fill("apply", weights)
 
     def bind(self, weights: WeightSet) -> Applied:
-        """Take the set's own tensors."""
+        """Take the set's own tensors, or fill the memory that is there, if the set says so."""
+        if weights.fills:
+            return self._fill("bind", weights)
         self._touched = True
         self.events.append("bind")
         applied = self._taking(weights)
@@ -122,6 +116,17 @@ class FakeEngine(Engine):
     def contents(self) -> dict[str, bytes]:
         """Return the bytes of every tensor now."""
         return {name: as_bytes(tensor).numpy().tobytes() for name, tensor in self.params.items()}
+
+    def _fill(self, method: str, weights: WeightSet) -> Applied:
+        self._touched = True
+        self.events.append(method)
+        applied = self._taking(weights)
+        targets = [Target(name, out) for name, out in self.params.items() if name in applied.written]
+        for done, target in enumerate(weights.fill(targets), start=1):
+            weights.release([target.name])
+            if done * 2 >= len(targets):
+                self._may_fail(method)
+        return applied
 
     def _taking(self, weights: WeightSet) -> Applied:
         """Say what will be written, while the set has it all: it may shrink as it is consumed."""

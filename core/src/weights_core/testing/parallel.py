@@ -118,6 +118,7 @@ class TensorParallelEngine(Engine):
             shareable={Layout.SHARDED: "post-load has not run"}
             if transforms
             else {Layout.SHARDED: "post-load changes nothing", Layout.FINAL: "post-load changes nothing"},
+            post_load_writes="the norms are doubled in place" if transforms else None,
         )
 
     @property
@@ -153,7 +154,7 @@ class TensorParallelEngine(Engine):
         return Applied(written=self.params.keys(), unused=unused)
 
     def bind(self, weights: WeightSet) -> Applied:
-        """Take this rank's parameters as they are."""
+        """Take this rank's parameters as they are, or fill those that are there, if the set says so."""
         wrong = {
             name: f"{weights.meta(name).torch_shape}, need {meta.torch_shape}"
             for name, meta in self._expected.items()
@@ -163,8 +164,13 @@ class TensorParallelEngine(Engine):
             raise CoverageError(f"shapes differ: {wrong}", mismatched=wrong)
         self._touched = True
         written = [name for name in self._expected if name in weights]
-        self.params |= {name: weights[name] for name in written}
-        return Applied(written=written, unused=[name for name in weights if name not in self._expected])
+        unused = [name for name in weights if name not in self._expected]  # while the set has it all
+        if weights.fills:
+            for target in weights.fill(Target(name, self.params[name]) for name in written):
+                weights.release([target.name])
+        else:
+            self.params |= {name: weights[name] for name in written}
+        return Applied(written=written, unused=unused)
 
     def materialize(self, alloc: Alloc) -> int:
         """Move the parameters to memory from `alloc`."""

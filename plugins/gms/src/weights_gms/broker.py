@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 
-from weights_gms import place, wire
+from weights_core import place, wire
 from weights_gms.vault import Freed, Generation, Group, MayRead, MayWrite, Misuse, Refused, Vault
 
 TYPE_CHECKING = False
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from weights_gms.vault import Event
 
+LIFE_LOCK = "broker.lock"
 IDLE_SECONDS = 1.0
 GRACE_SECONDS = 1.0
 HELLO_SECONDS = 5.0
@@ -480,7 +481,7 @@ def serve(
 def _life_lock(folder: int, seconds: float = 2.0) -> int:
     """Return the lock that only a living broker of this place holds."""
     lock = os.open(
-        place.LIFE_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+        LIFE_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
     )
     end = time.monotonic() + seconds
     while True:

@@ -22,11 +22,14 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
+import weights_core
+from weights_core import place, wire
 from weights_core.errors import IdentityMismatchError, LoadError, PluginConfigError
-from weights_gms import place, wire
 from weights_gms.broker import IDLE_SECONDS
 
 log = logging.getLogger("weights.gms")
+
+SOCKET, START_LOCK = "broker.sock", "start.lock"
 
 _SLACK = 10.0
 """Seconds beyond the broker's own deadline after which the broker is taken to hang."""
@@ -64,7 +67,7 @@ class Endpoint:
     @classmethod
     def default(cls, environ: Mapping[str, str] = os.environ) -> Endpoint:
         """Return the user's own broker."""
-        return cls(place.default_socket(environ, os.geteuid()))
+        return cls(default_socket(environ, os.geteuid()))
 
 
 @attrs.frozen(kw_only=True)
@@ -101,6 +104,11 @@ class Grant:
             os.close(self.fds.pop())
         _hang_up(self.sock)
         self.sock.close()
+
+
+def default_socket(environ: Mapping[str, str], uid: int) -> str:
+    """Return the path of the user's own broker."""
+    return os.path.join(place.default_folder(environ, uid, "weights-gms"), SOCKET)
 
 
 def open_slot(endpoint: Endpoint, ask: Ask) -> Grant:
@@ -397,7 +405,7 @@ def _starting(endpoint: Endpoint, until: float) -> Iterator[None]:
     folder = place.open_folder(os.path.dirname(endpoint.socket), owners=endpoint.owners, create=True)
     try:
         lock = os.open(
-            place.START_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+            START_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
         )
     finally:
         os.close(folder)
@@ -431,8 +439,9 @@ def command(endpoint: Endpoint, *, foreground: bool, allow: Sequence[int] = ()) 
         "idle": None if foreground else IDLE_SECONDS,
         "foreground": foreground,
     }
-    code = "import sys; sys.path.append(sys.argv[1]); from weights_gms.broker import main; main(sys.argv[2])"
-    return [sys.executable, "-I", "-S", "-c", code, str(Path(__file__).parent.parent), json.dumps(settings)]
+    code = "import sys; sys.path += sys.argv[2:]; from weights_gms.broker import main; main(sys.argv[1])"
+    packages = {str(Path(module).parent.parent) for module in (__file__, weights_core.__file__)}
+    return [sys.executable, "-I", "-S", "-c", code, json.dumps(settings), *sorted(packages)]
 
 
 def _start(endpoint: Endpoint) -> None:

@@ -13,8 +13,7 @@ import click
 from weights_core.checkpoint import find
 from weights_core.cli.app import FAULT, guarded
 from weights_core.digest import content_digest, write_sidecar
-from weights_gms import place
-from weights_gms.client import Endpoint, ask_once, command
+from weights_gms.client import Endpoint, ask_once, command, default_socket
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,7 +107,7 @@ def digest(checkpoint: Path, component: str | None, write: bool) -> None:
 
 def _endpoint(socket_path: str | None) -> Endpoint:
     """Return where to look; whoever names a place trusts its owner."""
-    path = os.path.abspath(socket_path or place.default_socket(os.environ, os.geteuid()))
+    path = os.path.abspath(socket_path or default_socket(os.environ, os.geteuid()))
     owners = {os.geteuid()}
     if socket_path and os.path.isdir(os.path.dirname(path)):
         owners.add(os.stat(os.path.dirname(path)).st_uid)

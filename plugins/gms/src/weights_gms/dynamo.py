@@ -19,7 +19,7 @@ from weights_core import Identity, Layout, PublishReceipt, WeightSet, WeightSetW
 from weights_core.arena import ArenaSet, ArenaWriter, Manifest, padded
 from weights_core.errors import ExtraNotInstalledError, IdentityMismatchError, PublishError
 from weights_gms.client import VaultError
-from weights_gms.owner import Owner, digest_of, plain
+from weights_gms.owner import Owner, digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +160,7 @@ class DynamoOwner(Owner):
             raise VaultError("backend='dynamo' cannot serve an engine whose post-load writes in place")
         library = Library()
         digest, found = digest_of(config, self._request)
-        identity = plain(Identity.of(self._request.engine, digest, self._layout))
+        identity = Identity.of(self._request.engine, digest, self._layout).as_dict()
         index = int(self._request.engine.device.partition(":")[2] or 0)
         socket = config.socket_path or library.socket_path(index, config.tag)
         connection = Connection(library, socket, index, config.mode, config.timeout)

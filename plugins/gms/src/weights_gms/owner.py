@@ -14,8 +14,7 @@ from urllib.parse import quote
 from weights_core import Identity, Layout, PublishReceipt, WeightSet, WeightSetWrapper
 from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment, padded
 from weights_core.backing import Backing, backing_for
-from weights_core.checkpoint import find
-from weights_core.digest import content_digest
+from weights_core.digest import checkpoint_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
 from weights_gms.client import Ask, Endpoint, Grant, VaultError, commit, keep, open_slot, read_manifest
 from weights_gms.holding import Holding
@@ -106,7 +105,7 @@ class VaultOwner(Owner):
             tell(("", "", {}, str(exc)))
             raise
         slot = slot_name(self._config.tag, self._backing.device, info)
-        everyone = tell((uuid.uuid4().hex, slot, plain(identity), ""))
+        everyone = tell((uuid.uuid4().hex, slot, identity.as_dict(), ""))
         for rank, theirs in enumerate(everyone):
             if theirs[3]:
                 raise LoadError(f"rank {rank} cannot ask for its slot: {theirs[3]}")
@@ -122,7 +121,7 @@ class VaultOwner(Owner):
         return identity, found, ask
 
     def _read(self, grant: Grant, identity: Identity, found: str) -> WeightSet:
-        if grant.reply["identity"] != plain(identity):
+        if grant.reply["identity"] != identity.as_dict():
             raise LoadError("the broker handed over other weights than were asked for")
         manifest = Manifest.loads(read_manifest(grant))
         if manifest.layout is not self._layout or len(manifest.sizes) != len(grant.fds) - 1:
@@ -155,7 +154,8 @@ class VaultOwner(Owner):
         due = padded(engine.expected(self._layout).values())
         writer = ArenaWriter(lambda nbytes: self._backing.create(nbytes, private=private), due)
         try:
-            straight = inner.layout is Layout.CHECKPOINT and not inner.in_place
+            filled = inner.layout is Layout.CHECKPOINT or inner.fills  # memory of the engine's own
+            straight = filled and not inner.in_place
             if straight and self._layout is Layout.SHARDED:  # else post-load makes other tensors
                 _place(engine, writer, self._backing)
         except BaseException:
@@ -168,7 +168,7 @@ class VaultOwner(Owner):
             return self._notes(f"wrote {where}", shared, found, own)
 
         offered = {
-            "identity": plain(identity),
+            "identity": identity.as_dict(),
             "keep": self._config.keep,
             "detail": {
                 "memory": self._backing.kind,
@@ -324,7 +324,7 @@ def digest_of(config: GmsConfig, request: LoadRequest) -> tuple[str, str]:
     """Return the digest of what is to be loaded, and how it was found."""
     if config.digest is not None:
         return config.digest, f"{config.digest}, given by the settings"
-    found = content_digest(find(request.checkpoint, request.engine.component, request.is_pipeline))
+    found = checkpoint_digest(request.checkpoint, request.engine.component, request.is_pipeline)
     log.info("digest %s", found)
     return found.value, str(found)
 
@@ -344,22 +344,6 @@ def slot_name(tag: str, device: str, info: EngineInfo) -> str:
     world = info.topology.world
     parts = (tag, device, info.component or "-", info.role, f"{world.rank}of{world.size}")
     return "/".join(quote(part, safe="") for part in parts)
-
-
-def plain(identity: Identity) -> dict[str, Any]:
-    """Return an identity as JSON values."""
-    return {
-        "digest": identity.digest,
-        "layout": identity.layout.value,
-        "role": identity.role,
-        "component": identity.component,
-        "engine": identity.engine,
-        "engine_version": identity.engine_version,
-        "model": identity.model,
-        "dtype": identity.dtype,
-        "quantization": identity.quantization,
-        "axes": {name: [axis.size, axis.rank] for name, axis in sorted(identity.axes.items())},
-    }
 
 
 def _place(engine: Engine, writer: ArenaWriter, backing: Backing) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the broker's socket is, and whether that place can be trusted.
+"""Where a socket is that processes of one machine meet at, and whether that place can be trusted.
 
 The folder is opened once and looked at through its descriptor, and the socket is reached through
 that descriptor: what was checked is what is used, and the length of the path doesn't matter.
@@ -15,28 +15,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-SOCKET = "broker.sock"
-LIFE_LOCK, START_LOCK = "broker.lock", "start.lock"
-
 
 class PlaceError(Exception):
     """The socket's folder cannot be made, or somebody else could meddle with it."""
 
 
-def default_socket(environ: Mapping[str, str], uid: int) -> str:
-    """Return the path of the user's own broker: under `XDG_RUNTIME_DIR` if that is theirs, else /tmp."""
+def default_folder(environ: Mapping[str, str], uid: int, name: str) -> str:
+    """Return the user's own folder of a name: under `XDG_RUNTIME_DIR` if that is theirs, else in /tmp."""
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/"):
         try:
             if os.stat(runtime).st_uid == uid:
-                return os.path.join(runtime, "weights-gms", SOCKET)
+                return os.path.join(runtime, name)
         except OSError:
             pass  # a session that has ended leaves the variable behind
-    return f"/tmp/weights-gms-{uid}/{SOCKET}"
+    return f"/tmp/{name}-{uid}"
 
 
 def open_folder(folder: str, *, owners: Collection[int], create: bool = False, private: bool = False) -> int:
-    """Return a descriptor of the socket's folder.
+    """Return a descriptor of a socket's folder.
 
     Args:
         folder: its path.
@@ -66,7 +63,7 @@ def open_folder(folder: str, *, owners: Collection[int], create: bool = False, p
     elif found.st_mode & 0o022:
         why = "can be written by others; chmod 700 it"
     elif private and found.st_mode & 0o077:
-        why = "can be entered by others; chmod 700 it, or allow users by --allow-uid"
+        why = "can be entered by others; chmod 700 it, or say which other users are allowed"
     if why:
         os.close(fd)
         raise PlaceError(f"{folder} {why}: refused")

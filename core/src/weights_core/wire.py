@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between engines and the broker: a length, JSON, and descriptors beside it.
+"""Messages between processes: a length, JSON, and descriptors beside it.
 
-The first message carries the version, each length is capped before a byte is kept, and nothing is
+Every message carries the version, each length is capped before a byte is kept, and nothing is
 ever unpickled. The kernel passes at most 253 descriptors at a time (SCM_MAX_FD).
 """
 
@@ -99,7 +99,7 @@ class Inbox:
         if message.get("v") != VERSION:
             raise WireError(
                 f"the other side speaks version {message.get('v')!r} of the protocol, this one {VERSION}: "
-                "install the same weights-gms on both"
+                "install the same versions of weights on both"
             )
         fds, self._fds = self._fds, []
         return message, fds

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of tensors: xxh3_128 of each on the host, sums over blocks where the bytes are on a device.
+
+Both guard against faults, not against whoever wants to forge them: who may offer weights is trusted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import xxhash
+
+if TYPE_CHECKING:
+    import torch
+
+ALGORITHM = "xxh3_128"
+BLOCK = 32 << 20
+"""Bytes of a device's segment that one sum is over; fits a device's cache."""
+_PIECE = 1 << 20
+_GOLDEN, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
+
+
+class Hasher:
+    """The digest of one range of memory, fed piece by piece by whoever has it in cache."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, address: int, nbytes: int) -> None:
+        """Add bytes."""
+        if nbytes:
+            self._state.update((ctypes.c_ubyte * nbytes).from_address(address))
+
+    @property
+    def value(self) -> str:
+        """`algorithm:hex`."""
+        return f"{ALGORITHM}:{self._state.hexdigest()}"
+
+
+def digest(address: int, nbytes: int) -> str:
+    """Return the digest of a range of this process's memory, `algorithm:hex`."""
+    hasher = Hasher()
+    for start in range(0, nbytes, _PIECE):
+        hasher.update(address + start, min(_PIECE, nbytes - start))
+    return hasher.value
+
+
+def digests(ranges: Sequence[tuple[int, int]], threads: int) -> list[str]:
+    """Return the digest of each (address, bytes)."""
+    order = sorted(range(len(ranges)), key=lambda i: ranges[i][1], reverse=True)  # the largest first
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="weights-hash") as pool:
+        found = dict(zip(order, pool.map(lambda i: digest(*ranges[i]), order), strict=True))
+    return [found[i] for i in range(len(ranges))]
+
+
+def multipliers(device: torch.device | str) -> torch.Tensor:
+    """Return an odd number for each of a block's words, the same in every process."""
+    import torch
+
+    words = torch.arange(1, BLOCK // 8 + 1, dtype=torch.int64, device=device) * _GOLDEN
+    for shift in (30, 27):
+        words = (words ^ (words >> shift)) * _MIX
+    return words | 1
+
+
+def block_sums(flat: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return one number for each block of a segment: its words, each times its factor, modulo 2**64.
+
+    A word that differs changes the sum, for the factors are odd; so do words that changed places. All
+    of it is on the bytes' own device, and is only begun there.
+
+    Args:
+        flat: bytes, a multiple of eight of them.
+        factors: `multipliers` on the same device.
+    """
+    import torch
+
+    words = flat.view(torch.int64)
+    step = factors.numel()
+    return torch.stack(
+        [
+            torch.sum(words[start : start + step] * factors[: min(step, words.numel() - start)])
+            for start in range(0, words.numel(), step)
+        ]
+    )

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between hosts: NIXL reads the source's memory, over whatever UCX finds there.
+
+Whole segments are registered, not tensors, and read in large pieces, several at a time. What NIXL
+needs to read a source's memory lets it be written too, so it is told only to who proved the token.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, MutableMapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weights_core.errors import ExtraNotInstalledError
+from weights_presharded.peer import hashing
+from weights_presharded.peer.client import Connection, PeerError
+from weights_presharded.peer.copying import Pool, Pulse, checks
+from weights_presharded.peer.local import compare_sums
+from weights_presharded.peer.transport import Fetch, Grantor, Transport
+
+if TYPE_CHECKING:
+    from weights_presharded.peer.offer import Offer
+
+PIECE = 64 << 20
+"""Bytes of one read."""
+READS = 4
+"""At a time."""
+_POLL = 0.0002
+_IB = Path("/sys/class/infiniband")
+
+Region = tuple[int, int, int]
+"""Address, bytes, device."""
+
+
+class Agent:
+    """NIXL in this process, with memory that is registered; close it."""
+
+    def __init__(self, regions: Sequence[Region], kind: str) -> None:
+        """Start it and register memory: `kind` is `DRAM` or `VRAM`.
+
+        Raises:
+            ExtraNotInstalledError: NIXL is not installed.
+            PeerError: it can't start, or can't register this memory.
+        """
+        prepare(os.environ)
+        try:
+            from nixl_cu13 import _api as api
+            from nixl_cu13 import _bindings as bindings
+        except ImportError as exc:
+            raise ExtraNotInstalledError(
+                "peers on other hosts need NIXL: pip install 'weights-presharded[nixl]'"
+            ) from exc
+        self.faults: tuple[type[Exception], ...] = (
+            RuntimeError,
+            *(v for v in vars(bindings).values() if isinstance(v, type) and issubclass(v, Exception)),
+        )
+        self._registered: Any = None
+        self.peer = ""
+        with self.told("NIXL cannot start"):
+            self.agent: Any = api.nixl_agent(f"weights-{uuid.uuid4().hex}", api.nixl_agent_config())
+        with self.told("NIXL cannot register the memory"):
+            listed = [(address, nbytes, device, "") for address, nbytes, device in regions]
+            self._registered = self.agent.register_memory(listed, kind)
+
+    @contextlib.contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Have what NIXL raises be a source's failure."""
+        try:
+            yield
+        except self.faults as exc:
+            raise PeerError(f"{what}: {type(exc).__name__}: {exc}") from exc
+
+    @property
+    def metadata(self) -> bytes:
+        """What another agent needs to read, and could write, the registered memory."""
+        found: bytes = self.agent.get_agent_metadata()
+        return found
+
+    def close(self) -> None:
+        """Forget the peer and the memory."""
+        with contextlib.suppress(*self.faults):
+            if self.peer:
+                self.agent.remove_remote_agent(self.peer)
+            if self._registered is not None:
+                self.agent.deregister_memory(self._registered)
+        self._registered, self.peer = None, ""
+        self.agent = None
+
+
+class NixlGrantor(Grantor):
+    """Registers the offer's segments once, and tells proven peers how to read them."""
+
+    name = "nixl"
+
+    def __init__(self, offer: Offer) -> None:
+        """Register.
+
+        Raises:
+            PeerError, ExtraNotInstalledError: it can't.
+        """
+        device = offer.index
+        self._kind = "VRAM" if offer.memory == "cuda" else "DRAM"
+        self._regions = [
+            (segment.address, size, device)
+            for segment, size in zip(offer.segments, offer.manifest.sizes, strict=True)
+            if size
+        ]
+        self._agent: Agent | None = Agent(self._regions, self._kind)
+        self._described = base64.b64encode(offer.described()).decode()
+
+    def grant(self, offer: Offer) -> tuple[dict[str, Any], list[int]]:
+        """Return what reading takes, and the description of the weights."""
+        if self._agent is None:
+            raise PeerError("serves no more")
+        told = {
+            "memory": offer.memory,
+            "kind": self._kind,
+            "agent": base64.b64encode(self._agent.metadata).decode(),
+            "regions": self._regions,
+            "described": self._described,
+        }
+        return told, []
+
+    def close(self) -> None:
+        """Let nobody read any more."""
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.close()
+
+
+class NixlTransport(Transport):
+    """Reads."""
+
+    name = "nixl"
+
+    def described(self, connection: Connection) -> bytes:
+        """Return the description that came with the answer."""
+        try:
+            return base64.b64decode(connection.told["described"], validate=True)
+        except (KeyError, TypeError, ValueError) as exc:
+            raise PeerError(f"describes nothing: {exc}") from exc
+
+    def fetch(self, fetch: Fetch) -> None:
+        """Register where everything goes, and read it."""
+        told, landing = fetch.connection.told, fetch.landing
+        regions = _regions(told.get("regions"), fetch)
+        on_device = bool(landing.runs) and landing.runs[0].out.device.type != "cpu"
+        kind = "VRAM" if on_device else "DRAM"
+        device = (landing.runs[0].out.device.index or 0) if on_device else 0
+        ours = [(run.out.data_ptr(), run.nbytes, device) for run in landing.runs]
+        if not ours:
+            return
+        agent = Agent(ours, kind)
+        try:
+            with agent.told("NIXL cannot use what the source said"):
+                agent.peer = agent.agent.add_remote_agent(base64.b64decode(str(told.get("agent"))))
+                if isinstance(agent.peer, bytes):
+                    agent.peer = agent.peer.decode()
+            self.wrote = True
+            _read(agent, fetch, regions, ours, (kind, str(told.get("kind"))))
+        finally:
+            agent.close()
+        if fetch.verify:
+            _verify(fetch, on_device)
+
+
+def prepare(environ: MutableMapping[str, str]) -> None:
+    """Set what UCX needs to know before it starts.
+
+    Without an InfiniBand device its module for them ends the process at exit, so it is left out.
+
+    Raises:
+        PeerError: `UCX_TLS` leaves out what connections are set up by.
+    """
+    environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    if not (_IB.is_dir() and any(_IB.iterdir())):
+        environ.setdefault("UCX_MODULES", "^ib")
+    allowed = environ.get("UCX_TLS", "all")
+    if not allowed.startswith("^") and not {"all", "tcp"} & set(allowed.split(",")):
+        raise PeerError(f"UCX_TLS={allowed} leaves out tcp, by which UCX sets up connections: add it")
+
+
+def _regions(given: object, fetch: Fetch) -> dict[int, Region]:
+    """Return where each segment is at the source, by the segment's number."""
+    sized = [i for i, size in enumerate(fetch.manifest.sizes) if size]
+    if not isinstance(given, list) or len(given) != len(sized):
+        raise PeerError("told of another number of segments than it describes")
+    regions: dict[int, Region] = {}
+    for index, region in zip(sized, given, strict=True):
+        sound = isinstance(region, list) and len(region) == 3
+        if not sound or not all(type(n) is int and n >= 0 for n in region):
+            raise PeerError("told of memory that is none")
+        if region[1] < fetch.manifest.sizes[index]:
+            raise PeerError("told of less memory than it describes")
+        regions[index] = (region[0], region[1], region[2])
+    return regions
+
+
+def _read(
+    agent: Agent,
+    fetch: Fetch,
+    regions: dict[int, Region],
+    ours: Sequence[Region],
+    kinds: tuple[str, str],
+) -> None:
+    """Have READS reads on their way until all is here; give up when none ends for `stall` seconds."""
+    pieces = [
+        (
+            (address + start, min(PIECE, nbytes - start), device),
+            (
+                regions[run.segment][0] + run.start + start,
+                min(PIECE, nbytes - start),
+                regions[run.segment][2],
+            ),
+        )
+        for run, (address, nbytes, device) in zip(fetch.landing.runs, ours, strict=True)
+        for start in range(0, nbytes, PIECE)
+    ]
+    due = deque(_batches(pieces))
+    pulse = Pulse(fetch.connection.alive)
+    running: list[Any] = []
+    heard = time.monotonic()
+    try:
+        while due or running:
+            with agent.told("the read failed"):
+                while due and len(running) < READS:
+                    mine, theirs = zip(*due.popleft(), strict=True)
+                    handle = agent.agent.initialize_xfer(
+                        "READ",
+                        agent.agent.get_xfer_descs(list(mine), kinds[0]),
+                        agent.agent.get_xfer_descs(list(theirs), kinds[1]),
+                        agent.peer,
+                    )
+                    running.append(handle)
+                    agent.agent.transfer(handle)
+                still = []
+                for handle in running:
+                    state = agent.agent.check_xfer_state(handle)
+                    if state == "ERR":
+                        raise PeerError("the read failed")
+                    if state == "DONE":
+                        agent.agent.release_xfer_handle(handle)
+                        heard = time.monotonic()
+                    else:
+                        still.append(handle)
+                ended, running = len(still) < len(running), still
+            if not ended:
+                if time.monotonic() - heard > fetch.stall:
+                    raise PeerError(f"no byte came for {fetch.stall:g} s")
+                time.sleep(_POLL)
+            pulse()
+    finally:
+        with contextlib.suppress(*agent.faults):
+            for handle in running:
+                agent.agent.release_xfer_handle(handle)
+
+
+def _batches(pieces: Sequence[tuple[Region, Region]]) -> list[list[tuple[Region, Region]]]:
+    """Put small pieces together into reads of about PIECE bytes."""
+    batches: list[list[tuple[Region, Region]]] = []
+    room = 0
+    for piece in pieces:
+        if piece[0][1] > room or len(batches[-1]) >= 4096:
+            batches.append([])
+            room = PIECE
+        batches[-1].append(piece)
+        room -= piece[0][1]
+    return batches
+
+
+def _verify(fetch: Fetch, on_device: bool) -> None:
+    pulse = Pulse(fetch.connection.alive)
+    if not on_device:
+        due = checks(fetch.manifest, lambda key: fetch.landing.flats[key].data_ptr())
+        Pool(fetch.threads).verify(due, pulse)
+        return
+    if fetch.sums:
+        factors = hashing.multipliers(fetch.landing.runs[0].out.device)
+        for run in fetch.landing.runs:
+            compare_sums(fetch, run.segment, hashing.block_sums(run.out, factors).tolist())
+        return
+    held: list[Any] = []  # of a host's memory, so digests are what there is
+
+    def here(key: tuple[int, int, int]) -> int:
+        held.append(fetch.landing.flats[key].cpu())
+        return int(held[-1].data_ptr())
+
+    Pool(fetch.threads).verify(checks(fetch.manifest, here), pulse)
