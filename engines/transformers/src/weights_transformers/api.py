@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,9 +123,11 @@ def open_engine(
     given.check_arguments(kwargs)
     device = given.one_device(kwargs) or "cpu"
     found = find(Path(path), component)
+    trusted = bool(kwargs.get("trust_remote_code"))
     settings, left = given.configuration(cls, found.root, model_config, kwargs)
+    finish = functools.partial(given.finish, folder=found.root, arguments=kwargs, from_auto=given.is_auto(cls))
+    cls, settings = given.model_class(cls, settings, found.root, trusted=trusted)
     left = given.with_ranks(left)
-    left.setdefault("generation_config", given.generation_config(found.root))
     quantization = given.quantization_of(settings, left)
     if quantization is None:
         metas = {}
@@ -136,7 +139,7 @@ def open_engine(
         except UntraceableError as exc:
             log.warning("%s cannot share its weights: %s", cls.__name__, exc.brief)
         else:
-            _name(traced.model, found.root)
+            finish(traced.model)
             device = given.device_of_ranks(traced) or device
             return TransformersEngine(traced, version=version, device=device, role=role, component=component)
 
@@ -147,7 +150,7 @@ def open_engine(
             )
         except Exception as exc:  # Transformers may raise anything
             raise refused(cls, exc) from exc
-        _name(model, found.root)
+        finish(model)
         return model, info
 
     info = w.EngineInfo(
@@ -173,8 +176,3 @@ def check_settings(config: object) -> None:
             f"config is for the settings of plugins, not a {type(config).__name__}: "
             "give a model's configuration as model_config="
         )
-
-
-def _name(model: Any, folder: Path) -> None:
-    """Have the model say where it is from, as it would had Transformers read the folder."""
-    model.name_or_path = model.config.name_or_path = str(folder)

@@ -160,6 +160,34 @@ def configuration(
     return config, {**unused, **kept}
 
 
+def model_class(cls: Any, config: Any, folder: Path, *, trusted: bool) -> tuple[Any, Any]:
+    """Return the class that an Auto class stands for, and the configuration that it takes.
+
+    Auto classes themselves insist on a name or path. This does as they do, with their mapping.
+
+    Raises:
+        EngineError: there is none for this configuration.
+    """
+    if not is_auto(cls):
+        return cls, config
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    own_code = (getattr(config, "auto_map", None) or {}).get(cls.__name__)
+    if own_code is not None and trusted:
+        return get_class_from_dynamic_module(own_code, folder, local_files_only=True), config
+    if type(config) not in cls._model_mapping:
+        hint = ": it is code of the checkpoint's own, give trust_remote_code=True" if own_code else ""
+        raise EngineError(f"{cls.__name__} has no class for a {type(config).__name__}{hint}")
+    found = _get_model_class(config, cls._model_mapping)
+    text = config.sub_configs.get("text_config")
+    if text is not None and getattr(found, "config_class", None) == text:
+        whole, config = config, config.get_text_config()
+        if getattr(whole, "quantization_config", None) is not None:
+            config.quantization_config = whole.quantization_config
+    return found, config
+
+
 def quantization_of(config: Any, arguments: Mapping[str, Any]) -> str | None:
     """Return the name of the quantisation, or None."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -174,17 +202,28 @@ def quantization_of(config: Any, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def generation_config(folder: Path) -> Any:
-    """Return the generation settings that `from_pretrained` would find beside the weights, or None."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    if (folder / "config.json").is_file():
-        return GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
-        )
-    return None
+def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto: bool) -> None:
+    """Give a model what `from_pretrained` finds in the folder beside the weights."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if not model.can_generate() or arguments.get("generation_config") is not None:
+        return
+    others = {k: v for k, v in arguments.items() if k not in (*_OF_LOADING, "local_files_only", "generation_config")}
+    trusted = others.pop("trust_remote_code", None)
+    model.adjust_generation_fn(
+        None,
+        from_auto,
+        None,
+        str(folder),
+        cache_dir=None,
+        force_download=False,
+        proxies=None,
+        local_files_only=True,
+        token=None,
+        revision="main",
+        subfolder="",
+        trust_remote_code=trusted,
+        **({} if from_auto else others),
+    )
 
 
 def with_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
