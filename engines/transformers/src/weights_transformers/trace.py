@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from weights_core import coverage
 from weights_core.errors import EngineError
 from weights_transformers.recipes import Held, Recipe, leaves
-from weights_transformers.traced import Traced, Tracer, values
+from weights_transformers.traced import Tracer, values
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -120,8 +120,11 @@ def _read(model: nn.Module, info: Mapping[str, Any], tracer: Tracer) -> Trace:
             if isinstance(tensor, DTensor):
                 local = tensor.detach().to_local()
                 cuts[name] = Cut(tensor.device_mesh, tensor.placements, tensor.shape, tuple(tensor.stride()))
-            if isinstance(local, Traced):
-                recipes[name] = local.recipe
+            recipe = tracer.recipe_of(local)
+            if recipe is not None:
+                recipes[name] = recipe
+            elif local.is_meta:
+                raise tracer.lose(f"the trace has lost {name}")
             else:
                 recipes[name] = Held(local.detach())
                 held[name] = INITIALISED

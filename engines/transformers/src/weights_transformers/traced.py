@@ -25,6 +25,17 @@ class Tracer:
     def __init__(self) -> None:
         self.asked: set[str] = set()
         self.lost: EngineError | None = None
+        self._recipes: dict[torch.UntypedStorage, Recipe] = {}
+
+    def note(self, tensor: torch.Tensor, recipe: Recipe) -> None:
+        """Note how a tensor comes about, for where torch makes a plain tensor of it."""
+        self._recipes[tensor.untyped_storage()] = recipe
+
+    def recipe_of(self, tensor: torch.Tensor) -> Recipe | None:
+        """Return the recipe of a tensor on meta, or None if it was not traced."""
+        if isinstance(tensor, Traced):
+            return tensor.recipe
+        return self._recipes.get(tensor.untyped_storage()) if tensor.is_meta else None
 
     def lose(self, why: str) -> EngineError:
         """Note that the trace is of no use, and return the error to raise."""
@@ -44,8 +55,10 @@ class Traced(torch.Tensor):
     @staticmethod
     def of(recipe: Recipe, like: torch.Tensor, tracer: Tracer) -> Traced:
         """Return a traced tensor with the shape, dtype and strides of `like`."""
-        made: Traced = torch.Tensor._make_subclass(Traced, like.detach())  # type: ignore[assignment]
+        own = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+        made: Traced = torch.Tensor._make_subclass(Traced, own)  # type: ignore[assignment]
         made.recipe, made.tracer = recipe, tracer
+        tracer.note(own, recipe)
         return made
 
     @classmethod
@@ -218,6 +231,7 @@ def _replace(tensor: Traced, data: object, tracer: Tracer) -> None:
     if not isinstance(data, Traced) or data.shape != tensor.shape or data.dtype != tensor.dtype:
         raise tracer.lose("a tensor's data is replaced by what is not traced")
     tensor.recipe = data.recipe
+    tracer.note(tensor, data.recipe)
 
 
 def _plain(value: Any) -> Any:
