@@ -13,7 +13,7 @@ import attrs
 
 import weights_core as w
 from weights_core import PluginHost
-from weights_core.checkpoint import find
+from weights_core.checkpoint import CheckpointFiles, find
 from weights_core.config import Settings
 from weights_core.errors import EngineError
 from weights_core.shards import open_shards
@@ -130,12 +130,8 @@ def open_engine(
     left = given.with_ranks(left)
     quantization = given.quantization_of(settings, left)
     if quantization is None:
-        metas = {}
-        for shard in open_shards(found):
-            metas |= shard.metas
-            shard.close()
         try:
-            traced = trace(cls, settings, metas, left)
+            traced = trace(cls, settings, headers(found), left)
         except UntraceableError as exc:
             log.warning("%s cannot share its weights: %s", cls.__name__, exc.brief)
         else:
@@ -163,6 +159,19 @@ def open_engine(
         component=component,
     )
     return DirectEngine(build, info)
+
+
+def headers(found: CheckpointFiles) -> dict[str, w.TensorMeta]:
+    """Return what a checkpoint holds, once it is validated; its files are closed again.
+
+    Raises:
+        CheckpointError: a file is malformed.
+    """
+    metas: dict[str, w.TensorMeta] = {}
+    for shard in open_shards(found):
+        metas |= shard.metas
+        shard.close()
+    return metas
 
 
 def check_settings(config: object) -> None:

@@ -26,9 +26,16 @@ class TransformersEngine(TorchEngine):
     """
 
     def __init__(
-        self, trace: Trace, *, version: str, device: str, role: str = "main", component: str | None = None
+        self,
+        trace: Trace,
+        *,
+        version: str,
+        device: str,
+        engine: str = "transformers",
+        role: str = "main",
+        component: str | None = None,
     ) -> None:
-        """Take over a trace; `device` is where the weights are to live."""
+        """Take over a trace; `device` is where the weights are to live, `engine` the name of what runs them."""
         meshes = [cut.mesh for cut in trace.cuts.values()]
         super().__init__(
             trace.model,
@@ -42,7 +49,7 @@ class TransformersEngine(TorchEngine):
         self._trace = trace
         self._own = attrs.evolve(
             super().info,
-            name="transformers",
+            name=engine,
             version=version,
             dtype=dtypes.from_torch(trace.dtype),
             shareable={Layout.SHARDED: "these are the parameters; nothing is transformed after a load"},
@@ -50,7 +57,7 @@ class TransformersEngine(TorchEngine):
 
     @property
     def info(self) -> EngineInfo:
-        """Name `transformers`; the class and the main dtype of the model."""
+        """Name `transformers` or `diffusers`; the class and the main dtype of the model."""
         return self._own
 
     def apply(self, weights: WeightSet) -> Applied:
