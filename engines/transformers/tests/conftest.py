@@ -62,7 +62,11 @@ def vault(tmp_path):
     """Settings of gms for a broker of its own, that is gone when the test ends."""
     where = str(tmp_path / "run" / "broker.sock")
     yield {"gms": {"socket_path": where, "timeout": 60.0}}
-    found = client.ask_once(client.Endpoint(where, start=False), {"op": "status"}) if Path(where).exists() else None
+    found = (
+        client.ask_once(client.Endpoint(where, start=False), {"op": "status"})
+        if Path(where).exists()
+        else None
+    )
     if found is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(found["broker"]["pid"], signal.SIGTERM)

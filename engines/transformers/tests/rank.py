@@ -9,7 +9,12 @@ import sys
 def main():
     rank, size, port, folder, how, out = sys.argv[1:]
     os.environ.update(
-        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"
+        RANK=rank,
+        LOCAL_RANK=rank,
+        WORLD_SIZE=size,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        OMP_NUM_THREADS="1",
     )
     import torch
     import torch.distributed as dist
@@ -49,7 +54,8 @@ def main():
         )
     except Exception as exc:
         told["error"] = f"{type(exc).__name__}: {exc}"
-    print(json.dumps(told), flush=True)
+    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.flush()
     if given.get("wait"):
         sys.stdin.read()
     if dist.is_initialized():

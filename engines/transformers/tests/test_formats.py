@@ -109,7 +109,7 @@ def test_two_engines_with_different_dtypes_do_not_share_a_slot(saved, vault):
     path = saved("llama")
     writer = load(AutoModelForCausalLM, path, format="gms", config=vault)
     engine = open_engine(AutoModelForCausalLM, path, dtype=torch.float32)
-    with pytest.raises(IdentityMismatchError, match="BF16.*F32|F32.*BF16"):
+    with pytest.raises(IdentityMismatchError, match=r"BF16.*F32|F32.*BF16"):
         w.load(engine, path, "gms", vault)
     assert all(p.is_meta for p in engine.model.parameters())
     writer.report.lease.close()
@@ -131,7 +131,9 @@ class Baked(w.ProviderPlugin[None]):
 
 
 def test_a_format_whose_layout_it_cannot_take(saved):
-    with pytest.raises(FormatUnresolvedError, match="delivers final, engine transformers accepts checkpoint or"):
+    with pytest.raises(
+        FormatUnresolvedError, match=r"delivers final, engine transformers accepts checkpoint or"
+    ):
         from_pretrained(AutoModelForCausalLM, saved("llama"), format="baked", host=host_of(baked=Baked))
 
 

@@ -27,7 +27,16 @@ def run(tmp_path):
             logs = [stack.enter_context((tmp_path / f"{name}.{r}.log").open("w")) for r in range(2)]
             ranks = [
                 subprocess.Popen(
-                    [sys.executable, RANK, str(r), "2", str(port), folder, json.dumps({**how, "wait": wait}), outs[r]],
+                    [
+                        sys.executable,
+                        RANK,
+                        str(r),
+                        "2",
+                        str(port),
+                        folder,
+                        json.dumps({**how, "wait": wait}),
+                        outs[r],
+                    ],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=logs[r],

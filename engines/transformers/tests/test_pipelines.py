@@ -40,7 +40,9 @@ def wan(tmp_path_factory):
         UMT5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
     )
     pipeline = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        ),
         text_encoder=encoder.eval(),
         vae=vae.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -133,9 +135,9 @@ def test_an_old_vae_with_other_names(tmp_path):
             name = name.replace(f".{now}.", f".{before}.")
         tensors[name] = value
     save_file(tensors, file)
-    from weights_transformers.diffusion import blueprint
-    from weights_transformers.api import headers
     from weights_core.checkpoint import find
+    from weights_transformers.api import headers
+    from weights_transformers.diffusion import blueprint
 
     found = find(tmp_path / "vae")
     traced = blueprint(AutoencoderKL, found.root, headers(found), None)

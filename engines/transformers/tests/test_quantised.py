@@ -41,7 +41,11 @@ def fp8(saved, tmp_path):
 def test_a_model_in_8_bit_floats(fp8, logits, format):
     theirs = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=FineGrainedFP8Config(**HOW))
     ours = load(
-        AutoModelForCausalLM, fp8, format=format, quantization_config=FineGrainedFP8Config(**HOW), dtype="auto"
+        AutoModelForCausalLM,
+        fp8,
+        format=format,
+        quantization_config=FineGrainedFP8Config(**HOW),
+        dtype="auto",
     )
     assert ours.report.provider == format
     assert ours.report.applied.unused == ()

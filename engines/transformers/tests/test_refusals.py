@@ -72,7 +72,7 @@ def test_a_class_of_diffusers(saved):
 
 
 def test_settings_of_plugins(saved):
-    with pytest.raises(PluginConfigError, match="'thread'.*did you mean 'threads'"):
+    with pytest.raises(PluginConfigError, match=r"'thread'.*did you mean 'threads'"):
         from_pretrained(AutoModelForCausalLM, saved("llama"), config={"parallel_shards": {"thread": 1}})
 
 

@@ -125,7 +125,9 @@ def open_engine(
     found = find(Path(path), component)
     trusted = bool(kwargs.get("trust_remote_code"))
     settings, left = given.configuration(cls, found.root, model_config, kwargs)
-    finish = functools.partial(given.finish, folder=found.root, arguments=kwargs, from_auto=given.is_auto(cls))
+    finish = functools.partial(
+        given.finish, folder=found.root, arguments=kwargs, from_auto=given.is_auto(cls)
+    )
     cls, settings = given.model_class(cls, settings, found.root, trusted=trusted)
     left = given.with_ranks(left)
     quantization = given.quantization_of(settings, left)

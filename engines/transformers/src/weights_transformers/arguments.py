@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from weights_core.errors import EngineError
 
@@ -28,7 +28,15 @@ REFUSED = {
         _LOCAL,
     ),
     **dict.fromkeys(
-        ("state_dict", "gguf_file", "variant", "use_safetensors", "weights_only", "disable_mmap", "subfolder"),
+        (
+            "state_dict",
+            "gguf_file",
+            "variant",
+            "use_safetensors",
+            "weights_only",
+            "disable_mmap",
+            "subfolder",
+        ),
         _OWN,
     ),
     **dict.fromkeys(
@@ -151,7 +159,7 @@ def configuration(
     kept = {name: left.pop(name) for name in _OF_LOADING if name in left}
     kind = AutoConfig if is_auto(cls) else cls.config_class
     try:
-        config, unused = kind.from_pretrained(
+        config, unused = cast(Any, kind).from_pretrained(
             folder, return_unused_kwargs=True, local_files_only=True, **left
         )
     except Exception as exc:  # a third party's configuration class may raise anything
@@ -207,7 +215,9 @@ def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto:
     model.name_or_path = model.config.name_or_path = str(folder)
     if not model.can_generate() or arguments.get("generation_config") is not None:
         return
-    others = {k: v for k, v in arguments.items() if k not in (*_OF_LOADING, "local_files_only", "generation_config")}
+    others = {
+        k: v for k, v in arguments.items() if k not in (*_OF_LOADING, "local_files_only", "generation_config")
+    }
     trusted = others.pop("trust_remote_code", None)
     model.adjust_generation_fn(
         None,
@@ -235,7 +245,7 @@ def with_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     left = dict(arguments)
     plan, size = left.pop("tp_plan", None), left.pop("tp_size", None)
     if plan is not None or size is not None:
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         if "distributed_config" in left:
             raise EngineError("argument 'tp_plan': give it in 'distributed_config', or leave that out")
@@ -244,7 +254,9 @@ def with_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("pp_size", "dp_size", "fsdp_size"):
         found = asked.get(name) if isinstance(asked, Mapping) else getattr(asked, name, None)
         if found is not None and found > 1:
-            raise EngineError(f"argument 'distributed_config': {name}={found}; only tensor parallelism is served")
+            raise EngineError(
+                f"argument 'distributed_config': {name}={found}; only tensor parallelism is served"
+            )
     return left
 
 

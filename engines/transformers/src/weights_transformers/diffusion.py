@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import nn
 
 from weights_core.errors import EngineError
-from weights_transformers.recipes import Held, Recipe, part
+from weights_transformers.recipes import Held, Pieces, Recipe, part
 from weights_transformers.trace import INITIALISED, Trace, slots
 
 if TYPE_CHECKING:
@@ -35,22 +36,22 @@ def blueprint(cls: Any, folder: Path, metas: Mapping[str, TensorMeta], dtype: to
         model._fix_state_dict_keys_on_load(sources)
     recipes: dict[str, Recipe] = {}
     held: dict[str, str] = {}
-    done: dict[int, torch.Tensor] = {}
+    done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old one too, so that its id stays its
     for place, name, key in slots(model):
         old = place[key]
         if id(old) not in done:
-            recipe: Recipe | None = None
+            recipe: Pieces | Held | None = None
             if name in sources:
-                recipe = part(metas[sources[name]])
-                due = _dtype(cls, name, recipe.dtype, old.dtype, dtype)
-                recipe = type(recipe)(recipe.shape, due, recipe.blocks)
+                stored = part(metas[sources[name]])
+                recipe = attrs.evolve(stored, dtype=_dtype(cls, name, stored.dtype, old.dtype, dtype))
             elif not old.is_meta:
                 recipe, held[name] = Held(old.detach()), INITIALISED
             if recipe is not None:
                 recipes[name] = recipe
-            done[id(old)] = _blank(old, getattr(recipe, "dtype", old.dtype))
-            done[id(done[id(old)])] = done[id(old)]
-        place[key] = done[id(old)]
+            blank = _blank(old, old.dtype if recipe is None or isinstance(recipe, Held) else recipe.dtype)
+            done[id(old)] = old, blank
+            done[id(blank)] = blank, blank  # where modules are shared, it is met again
+        place[key] = done[id(old)][1]
     return Trace(model, recipes, {}, held)
 
 

@@ -24,7 +24,9 @@ class DirectEngine(Engine):
     nothing is shared.
     """
 
-    def __init__(self, build: Callable[[dict[str, Any]], tuple[Any, Mapping[str, Any]]], info: EngineInfo) -> None:
+    def __init__(
+        self, build: Callable[[dict[str, Any]], tuple[Any, Mapping[str, Any]]], info: EngineInfo
+    ) -> None:
         """Describe a model that `build` makes of a state dict."""
         self.model: Any = None
         self._build = build
@@ -54,7 +56,9 @@ class DirectEngine(Engine):
         """
         reader = _Reader(weights)
         try:
-            model, info = self._build({name: Value(meta, reader.take) for name, meta in weights.metas.items()})
+            model, info = self._build(
+                {name: Value(meta, reader.take) for name, meta in weights.metas.items()}
+            )
         except Exception as exc:
             if reader.error is not None and reader.error is not exc:  # Transformers tells it in other words
                 raise reader.error from exc

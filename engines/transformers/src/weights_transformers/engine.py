@@ -35,7 +35,7 @@ class TransformersEngine(TorchEngine):
         role: str = "main",
         component: str | None = None,
     ) -> None:
-        """Take over a trace; `device` is where the weights are to live, `engine` the name of what runs them."""
+        """Take over a trace; `device` is where the weights are to live, `engine` what runs them."""
         meshes = [cut.mesh for cut in trace.cuts.values()]
         super().__init__(
             trace.model,
@@ -98,7 +98,10 @@ class TransformersEngine(TorchEngine):
         if not self._trace.cuts:
             return
         parts = self.tensors(Layout.SHARDED)
-        whole = {id(parts[name]): _whole(cut.whole(parts[name].detach()), parts[name]) for name, cut in self._trace.cuts.items()}
+        whole = {
+            id(parts[name]): _whole(cut.whole(parts[name].detach()), parts[name])
+            for name, cut in self._trace.cuts.items()
+        }
         for place, _, key in slots(self.model):
             place[key] = whole.get(id(place[key]), place[key])
         self._tie(whole=True)

@@ -25,7 +25,9 @@ class ModelWeights(WeightSetWrapper):
     brought the last tensor that needs it.
     """
 
-    def __init__(self, inner: WeightSet, recipes: Mapping[str, Recipe], like: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, inner: WeightSet, recipes: Mapping[str, Recipe], like: Mapping[str, torch.Tensor]
+    ) -> None:
         """Map `inner` by `recipes`; `like` has the shape and dtype of each tensor."""
         super().__init__(inner)
         self._recipes = recipes

@@ -7,7 +7,7 @@ import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
@@ -93,28 +93,47 @@ def load_pipeline(
                 engines[name] = engine
     reports = w.load_pipeline(engines, folder, format, config, host=host, timeout=timeout)
     try:
-        models = {name: engine.model.to(device) for name, engine in engines.items()}  # type: ignore[attr-defined]
-        asked = dict(dtype) if isinstance(dtype, Mapping) else dtype
-        pipeline = cls.from_pretrained(folder, dtype=asked, **models, **kwargs)
-    except Exception as exc:  # diffusers may raise anything
+        pipeline = _assembled(cls, folder, engines, device, dtype, kwargs)
+    except EngineError:
         for report in reports.values():
             report.lease.close()
-        raise EngineError(f"diffusers refuses to assemble {cls.__name__}: {type(exc).__name__}: {exc}") from exc
-    ignored = [name for name, model in models.items() if getattr(pipeline, name, None) is not model]
-    if ignored:
-        raise EngineError(f"{cls.__name__} loaded {', '.join(ignored)} by itself, beside what it was given")
+        raise
     return LoadedPipeline(pipeline, reports)
 
 
+def _assembled(
+    cls: Any,
+    folder: Path,
+    engines: Mapping[str, w.Engine],
+    device: str,
+    dtype: Any,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Have diffusers make the pipeline of the models that were loaded, and load what is left."""
+    models = {name: cast(Any, engine).model.to(device) for name, engine in engines.items()}  # buffers
+    asked = dict(dtype) if isinstance(dtype, Mapping) else dtype
+    try:
+        pipeline = cls.from_pretrained(folder, dtype=asked, **models, **kwargs)
+    except Exception as exc:  # diffusers may raise anything
+        raise EngineError(
+            f"diffusers refuses to assemble {cls.__name__}: {type(exc).__name__}: {exc}"
+        ) from exc
+    ignored = [name for name, model in models.items() if getattr(pipeline, name, None) is not model]
+    if ignored:
+        raise EngineError(f"{cls.__name__} loaded {', '.join(ignored)} by itself, beside what it was given")
+    return pipeline
+
+
 def _concrete(cls: Any, folder: Path) -> Any:
-    """Return the class that the pipeline's index names: `DiffusionPipeline` itself does not know which
-    components are optional, and would load those again.
+    """Return the class that the pipeline's index names, in the place of `DiffusionPipeline`.
+
+    That does not know which components are optional, and loads those again though they are given.
     """
     import diffusers
 
     named = cls.load_config(folder).get("_class_name")
     found = getattr(diffusers, named, None) if isinstance(named, str) else None
-    return found if cls is diffusers.DiffusionPipeline and found is not None else cls
+    return found if cls.__name__ == "DiffusionPipeline" and found is not None else cls
 
 
 def _classes(cls: Any, folder: Path) -> dict[str, Any]:
@@ -133,26 +152,28 @@ def _classes(cls: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _engine(
-    kind: Any, folder: Path, name: str, device: str, dtype: torch.dtype | None
-) -> w.Engine | None:
+def _engine(kind: Any, folder: Path, name: str, device: str, dtype: torch.dtype | None) -> w.Engine | None:
     """Return the engine of a component, or None if it is for diffusers to load."""
     import diffusers
+    from diffusers.models.modeling_utils import ModelMixin
     from transformers import PreTrainedModel
 
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-        more = {} if device == "cpu" else {"device_map": device}
-        return open_engine(kind, folder, component=name, **({"dtype": dtype} if dtype else {}), **more)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        more: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
+        if dtype is not None:
+            more["dtype"] = dtype
+        return open_engine(kind, folder, component=name, **more)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         return None
     root = find(folder, name).root
-    if kind.load_config(root, local_files_only=True).get("quantization_config") is not None:
+    model: Any = kind
+    if model.load_config(root, local_files_only=True).get("quantization_config") is not None:
         log.warning("component %s is quantised: diffusers loads it by itself", name)
         return None
     from weights_transformers.diffusion import blueprint
     from weights_transformers.engine import TransformersEngine
 
-    traced = blueprint(kind, root, headers(find(folder, name)), dtype)
+    traced = blueprint(model, root, headers(find(folder, name)), dtype)
     return TransformersEngine(
         traced, engine="diffusers", version=diffusers.__version__, device=device, component=name
     )

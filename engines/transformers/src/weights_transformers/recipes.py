@@ -45,7 +45,7 @@ class Pieces:
 
 @attrs.frozen(eq=False)
 class Call:
-    """What `function` returns for arguments of which some are recipes; item `index`, if it returns several."""
+    """What `function` returns where some arguments are recipes; item `index`, if it returns several."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]

@@ -53,7 +53,7 @@ class Trace:
     tensors that no checkpoint holds to the reason.
     """
 
-    model: nn.Module
+    model: Any
     recipes: Mapping[str, Recipe]
     cuts: Mapping[str, Cut]
     held: Mapping[str, str]
@@ -61,12 +61,15 @@ class Trace:
     @property
     def dtype(self) -> torch.dtype:
         """The main one, as the model itself says."""
-        found: torch.dtype = self.model.dtype  # type: ignore[assignment]
-        return found
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return what stands for a parameter or buffer now."""
-        return next(place[key] for place, full, key in slots(self.model) if full == name)
+        named = {full: (place, key) for place, full, key in slots(self.model)}
+        place, key = named[name]
+        tensor: torch.Tensor = place[key]
+        return tensor
 
     @property
     def sources(self) -> frozenset[str]:
@@ -118,7 +121,8 @@ def _read(model: nn.Module, info: Mapping[str, Any], tracer: Tracer) -> Trace:
         if id(tensor) not in replaced:
             local = tensor
             if isinstance(tensor, DTensor):
-                local = tensor.detach().to_local()
+                with torch.no_grad():
+                    local = tensor.to_local()
                 cuts[name] = Cut(tensor.device_mesh, tensor.placements, tensor.shape, tuple(tensor.stride()))
             recipe = tracer.recipe_of(local)
             if recipe is not None:
@@ -128,7 +132,9 @@ def _read(model: nn.Module, info: Mapping[str, Any], tracer: Tracer) -> Trace:
             else:
                 recipes[name] = Held(local.detach())
                 held[name] = INITIALISED
-            replaced[id(tensor)] = tensor, _blank(tensor, local)
+            blank = _blank(tensor, local)
+            replaced[id(tensor)] = tensor, blank
+            replaced[id(blank)] = blank, blank  # where modules are shared, it is met again
         place[key] = replaced[id(tensor)][1]
     result = Trace(model, recipes, cuts, held)
     mismatched = {str(entry[0]) for entry in info.get("mismatched_keys", ())}
@@ -152,6 +158,10 @@ def _blank(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """Return a tensor on meta in the place of `old`, with its flags and attributes."""
     blank = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device="meta")
     made = nn.Parameter(blank, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else blank
-    kept = {k: v for k, v in vars(old).items() if k not in ("recipe", "tracer", "_is_param", "_local_tensor", "_spec")}
+    kept = {
+        k: v
+        for k, v in vars(old).items()
+        if k not in ("recipe", "tracer", "_is_param", "_local_tensor", "_spec")
+    }
     vars(made).update(kept)
     return made

@@ -56,7 +56,7 @@ class Traced(torch.Tensor):
     def of(recipe: Recipe, like: torch.Tensor, tracer: Tracer) -> Traced:
         """Return a traced tensor with the shape, dtype and strides of `like`."""
         own = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-        made: Traced = torch.Tensor._make_subclass(Traced, own)  # type: ignore[assignment]
+        made: Traced = torch.Tensor._make_subclass(Traced, own)
         made.recipe, made.tracer = recipe, tracer
         tracer.note(own, recipe)
         return made
@@ -76,7 +76,7 @@ class Traced(torch.Tensor):
             tracer = _tracer_of((*args, *kwargs.values()))
             try:
                 return _traced(func, args, kwargs, tracer)
-            except (NotImplementedError, RuntimeError) as exc:  # needs the elements, or a device
+            except (NotImplementedError, RuntimeError, TypeError) as exc:  # needs the elements, or a device
                 raise tracer.lose(f"{_name(func)} cannot be traced: {exc}") from exc
 
 
@@ -145,9 +145,7 @@ def values(metas: Mapping[str, TensorMeta], tracer: Tracer) -> dict[str, Any]:
     return {name: Value(meta, take) for name, meta in metas.items()}
 
 
-def _traced(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer
-) -> Any:
+def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Any:
     name = _name(func)
     first = args[0] if args else None
     if name == "to" and isinstance(first, Traced):
@@ -167,8 +165,7 @@ def _traced(
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
         return type(result)(
             Traced.of(
-                _item(name, args, kwargs, result, index)
-                or Call(func, plain_args, plain_kwargs, index),
+                _item(name, args, kwargs, result, index) or Call(func, plain_args, plain_kwargs, index),
                 item,
                 tracer,
             )
@@ -184,7 +181,11 @@ def _recipe(
     if isinstance(first, Traced):
         unchanged = first.shape == result.shape and first.stride() == result.stride()
         nothing_padded = name == "pad" and not any(args[1])
-        if unchanged and first.dtype == result.dtype and (name in SAME or name == "data.__get__" or nothing_padded):
+        if (
+            unchanged
+            and first.dtype == result.dtype
+            and (name in SAME or name == "data.__get__" or nothing_padded)
+        ):
             return first.recipe
         if name == "__getitem__" and isinstance(first.recipe, Pieces):
             slices = slices_of(args[1])
@@ -207,7 +208,11 @@ def _item(
 ) -> Pieces | None:
     """Return one part of a tensor that was split, as pieces."""
     first = args[0]
-    if name not in ("chunk", "split") or not isinstance(first, Traced) or not isinstance(first.recipe, Pieces):
+    if (
+        name not in ("chunk", "split")
+        or not isinstance(first, Traced)
+        or not isinstance(first.recipe, Pieces)
+    ):
         return None
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % first.dim()
     begin = sum(one.shape[dim] for one in result[:index])
