@@ -13,7 +13,7 @@ from weights_core.shards import open_shards
 from weights_core.testing import write_checkpoint
 from weights_transformers.mapped import ModelWeights
 from weights_transformers.recipes import Pieces
-from weights_transformers.traced import Tracer, values
+from weights_transformers.traced import Tracer, slices_of, values
 
 TENSORS = {
     "a": torch.arange(24.0).reshape(4, 6),
@@ -109,7 +109,8 @@ class _Anywhere:
         self._tensor = tensor
 
     def __getitem__(self, index):
-        return _stay(self._tensor[index])
+        part = self._tensor[index]
+        return _stay(part if slices_of(index) is None else part.contiguous())
 
 
 class _Stay(torch.Tensor):
