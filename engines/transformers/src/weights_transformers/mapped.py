@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 
 import attrs
@@ -15,6 +16,11 @@ from weights_core import Target, TensorMeta, WeightSet, WeightSetWrapper, dtypes
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import Slices, normalise
 from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves
+
+CONVERTING = 4
+"""Threads that convert."""
+IN_FLIGHT = 64 << 20
+"""Bytes of tensors that may wait to be converted while the next is read."""
 
 
 class ModelWeights(WeightSetWrapper):
@@ -112,14 +118,31 @@ class ModelWeights(WeightSetWrapper):
                 cut.append(job)
         for target in self.inner.fill([target for _, target in straight.values()]) if straight else ():
             yield straight[id(target)][0]
-        for name, tensor in self.inner.stream(converted) if converted else ():
-            for job in converted[name]:
-                job.region.copy_(tensor)
-            del tensor
-            yield from converted[name]
+        if converted:
+            yield from self._convert(converted)
         for job in cut:
             job.region.copy_(self.inner.read(job.block.meta.name, job.block.slices))
             yield job
+
+    def _convert(self, jobs: Mapping[str, list[_Job]]) -> Iterator[_Job]:
+        """Stream what is stored as another dtype, and convert in threads, a few tensors at a time."""
+
+        def convert(name: str, tensor: torch.Tensor) -> None:
+            for job in jobs[name]:
+                job.region.copy_(tensor)
+
+        pending: deque[tuple[str, int, Future[None]]] = deque()
+        with ThreadPoolExecutor(CONVERTING, "weights-convert") as pool:
+            for name, tensor in self.inner.stream(jobs):
+                pending.append((name, tensor.nbytes, pool.submit(convert, name, tensor)))
+                del tensor
+                while len(pending) > CONVERTING or sum(size for _, size, _ in pending) > IN_FLIGHT:
+                    done, _, future = pending.popleft()
+                    future.result()
+                    yield from jobs[done]
+            for done, _, future in pending:
+                future.result()
+                yield from jobs[done]
 
     def _used(self, name: str) -> None:
         self._uses[name] -= 1
