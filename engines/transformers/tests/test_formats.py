@@ -7,12 +7,19 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import weights_core as w
 from weights_core.checkpoint import find
 from weights_core.disk import ShardSet
-from weights_core.errors import CheckpointError, FormatUnresolvedError, IdentityMismatchError, LoadError
+from weights_core.errors import (
+    CheckpointError,
+    CoverageError,
+    FormatUnresolvedError,
+    IdentityMismatchError,
+    LoadError,
+)
 from weights_core.shards import open_shards
 from weights_core.testing import host_of
 from weights_transformers import from_pretrained, load, open_engine
@@ -145,6 +152,20 @@ def test_a_damaged_file_is_named(saved, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=shard.name):
         from_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+def test_a_checkpoint_that_changed_since_the_model_was_built(saved, tmp_path):
+    path = saved("llama")
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    engine = open_engine(AutoModelForCausalLM, tmp_path, dtype=torch.float32)
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name][:1]}, shard, metadata={"format": "pt"})
+    with pytest.raises(CoverageError, match=f"{name}.* was BF16"):
+        w.load(engine, tmp_path)
+    assert all(parameter.is_meta for parameter in engine.model.parameters())
 
 
 class Breaking(w.WeightSetWrapper):

@@ -46,6 +46,7 @@ STRAIGHT = {
     "chunk, converted": lambda t: t["a"][...].to(dtype=torch.float16).chunk(3, -1)[1],
     "to a device that is not there": lambda t: t["a"][...].to(device="cuda:7", dtype=torch.float64),
     "same": lambda t: t["a"][...].detach().contiguous().cpu().clone().requires_grad_(True),
+    "padded by nothing, by keyword": lambda t: functional.pad(t["c"][...], pad=(0, 0)),
     "padded by nothing": lambda t: functional.pad(t["c"][...], (0, 0), "constant", 0),
     "a parameter": lambda t: torch.nn.Parameter(t["a"][...]),
     "integers": lambda t: t["i"][...].to(torch.int32),
@@ -61,6 +62,8 @@ COMPUTED = {
     "an index": lambda t: t["a"][2],
     "split of a stack": lambda t: torch.stack([t["a"][...], t["b"][...]]).chunk(2)[1],
     "unbound": lambda t: torch.unbind(t["a"][...])[2],
+    "stacked by keyword": lambda t: torch.stack(tensors=[t["a"][...], t["b"][...]]),
+    "inverted": lambda t: ~t["i"][...],
     "by keyword": lambda t: torch.where(t["a"][...] > 3, input=t["a"][...], other=t["b"][...]),
     "padded": lambda t: functional.pad(t["c"][...], (1, 2)),
     "cat of two dtypes": lambda t: torch.cat([t["a"][...], t["b"][...].to(torch.float64)]),
@@ -136,6 +139,11 @@ def _stay(tensor):
         lambda t: t["a"][...].nonzero(),
         lambda t: t["a"][...].numpy(),
         lambda t: torch.empty(4, 6).copy_(t["a"][...]),
+        lambda t: t["a"][...].__setitem__(0, 1.0),
+        lambda t: torch.empty(4, 6).__setitem__(0, t["a"][0]),
+        lambda t: t["a"][...].__iadd__(1),
+        lambda t: torch.add(t["a"][...], 1, out=torch.empty(4, 6)),
+        lambda t: torch.cat([t["a"][...], torch.zeros(4, 6)]),
     ],
 )
 def test_what_needs_the_bytes_cannot_be_traced(opened, function):

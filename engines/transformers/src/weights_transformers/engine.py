@@ -64,11 +64,16 @@ class TransformersEngine(TorchEngine):
         """Read each tensor straight to where it belongs, or make it of those it needs.
 
         Raises:
-            CoverageError: the set lacks what the model was traced with.
+            CoverageError: the set is not of the checkpoint that the model was traced with.
         """
-        missing = sorted(self._trace.sources - weights.metas.keys())
+        sources, metas = self._trace.sources, weights.metas
+        missing = sorted(sources.keys() - metas.keys())
         if missing:
             raise CoverageError(f"missing {coverage.listed(missing)}", missing=missing)
+        for name, due in sources.items():
+            if (metas[name].shape, metas[name].dtype) != (due.shape, due.dtype):
+                why = f"is {metas[name].dtype} {list(metas[name].shape)}, was {due.dtype} {list(due.shape)}"
+                raise CoverageError(f"tensor {name!r} {why} when the model was built", mismatched={name: why})
         unused = self.unused(weights)
         done = super().apply(ModelWeights(weights, self._trace.recipes, self.tensors(Layout.SHARDED)))
         self._tie()

@@ -110,7 +110,10 @@ def _assembled(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Have diffusers make the pipeline of the models that were loaded, and load what is left."""
-    models = {name: cast(Any, engine).model.to(device) for name, engine in engines.items()}  # buffers
+    models = {name: cast(Any, engine).model for name, engine in engines.items()}
+    for name, engine in engines.items():
+        if engine.info.name == "diffusers":
+            models[name].to(device)  # buffers that no checkpoint holds
     asked = dict(dtype) if isinstance(dtype, Mapping) else dtype
     try:
         pipeline = cls.from_pretrained(folder, dtype=asked, **models, **kwargs)

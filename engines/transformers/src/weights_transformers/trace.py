@@ -72,10 +72,10 @@ class Trace:
         return tensor
 
     @property
-    def sources(self) -> frozenset[str]:
-        """The names of the checkpoint that are used."""
+    def sources(self) -> dict[str, TensorMeta]:
+        """What of the checkpoint is used."""
         pieces = (one for recipe in self.recipes.values() for one in leaves(recipe))
-        return frozenset(block.meta.name for one in pieces for block in one.blocks)
+        return {block.meta.name: block.meta for one in pieces for block in one.blocks}
 
 
 class UntraceableError(EngineError):
@@ -95,6 +95,8 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
         model, info = cls.from_pretrained(
             None, config=config, state_dict=values(metas, tracer), output_loading_info=True, **arguments
         )
+        if tracer.lost is not None:  # Transformers went on without it
+            raise tracer.lost
         return _read(model, info, tracer)
     except Exception as exc:  # Transformers may raise anything
         torch.set_rng_state(state)
@@ -139,7 +141,7 @@ def _read(model: nn.Module, info: Mapping[str, Any], tracer: Tracer) -> Trace:
     result = Trace(model, recipes, cuts, held)
     mismatched = {str(entry[0]) for entry in info.get("mismatched_keys", ())}
     if not mismatched:
-        lost = sorted(tracer.asked - result.sources)
+        lost = sorted(tracer.asked - result.sources.keys())
         if lost:
             raise tracer.lose(f"it takes {coverage.listed(lost)} elsewhere than into its parameters")
     return result

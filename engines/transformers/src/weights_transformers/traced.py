@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ SAME = frozenset(
     {"alias", "clone", "contiguous", "cpu", "cuda", "detach", "pin_memory", "requires_grad_", "view_as"}
 )
 """What changes neither the elements nor their order, where it does not change the shape or strides."""
+WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
+"""The names of what writes in place: item assignment, `+=` and its like, and what ends in one underscore."""
 
 
 class Tracer:
@@ -154,11 +157,11 @@ def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return first
     if name == "data.__set__" and isinstance(first, Traced):
         return _replace(first, args[1], tracer)
+    if name != "requires_grad_" and (WRITES.fullmatch(name) or kwargs.get("out") is not None):
+        raise tracer.lose(f"{name} writes in place what is not read yet")
     result = func(*args, **kwargs)
     if name == "requires_grad_" or name.endswith(".__set__"):
         return result
-    if name.endswith("_") and not name.endswith("__"):
-        raise tracer.lose(f"{name} writes in place into what is not read yet")
     if isinstance(result, torch.Tensor):
         return Traced.of(_recipe(name, func, args, kwargs, result), result, tracer)
     if isinstance(result, tuple | list) and any(isinstance(item, torch.Tensor) for item in result):
@@ -177,22 +180,17 @@ def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 def _recipe(
     name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor
 ) -> Recipe:
-    first = args[0]
+    first = args[0] if args else None
     if isinstance(first, Traced):
         unchanged = first.shape == result.shape and first.stride() == result.stride()
-        nothing_padded = name == "pad" and not any(args[1])
-        if (
-            unchanged
-            and first.dtype == result.dtype
-            and (name in SAME or name == "data.__get__" or nothing_padded)
-        ):
+        if unchanged and first.dtype == result.dtype and _keeps_elements(name, args, kwargs):
             return first.recipe
         if name == "__getitem__" and isinstance(first.recipe, Pieces):
             slices = slices_of(args[1])
             found = None if slices is None else recipes.narrow(first.recipe, slices)
             if found is not None:
                 return found
-    elif name in ("stack", "cat", "concat"):
+    elif name in ("stack", "cat", "concat") and isinstance(first, tuple | list):
         parts = [one.recipe for one in first if isinstance(one, Traced)]
         pieces = [one for one in parts if isinstance(one, Pieces)]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
@@ -203,11 +201,18 @@ def _recipe(
     return Call(func, _plain(args), _plain(kwargs))
 
 
+def _keeps_elements(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call that changes no shape changes nothing."""
+    if name == "pad":
+        return not any(args[1] if len(args) > 1 else kwargs["pad"])
+    return name in SAME or name == "data.__get__"
+
+
 def _item(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Sequence[torch.Tensor], index: int
 ) -> Pieces | None:
     """Return one part of a tensor that was split, as pieces."""
-    first = args[0]
+    first = args[0] if args else None
     if (
         name not in ("chunk", "split")
         or not isinstance(first, Traced)
