@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-DISTS  := core plugins/parallel_shards plugins/consumable plugins/gms plugins/presharded
+DISTS  := core plugins/parallel_shards plugins/consumable plugins/gms plugins/presharded engines/transformers
 READY  := $(VENV)/.ready
 
 export HF_HUB_OFFLINE := 1

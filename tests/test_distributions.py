@@ -14,7 +14,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 OURS = {
     tomllib.loads((project / "pyproject.toml").read_text())["project"]["name"]: project
-    for project in (ROOT / "core", *sorted((ROOT / "plugins").iterdir()))
+    for folder in ("", "plugins", "engines")
+    for project in ([ROOT / "core"] if not folder else sorted((ROOT / folder).iterdir()))
 }
 
 
@@ -64,6 +65,11 @@ def test_plugins_are_found_by_their_entry_points(clean):
     assert all(" ok" in line for line in lines)
     where = run(clean / "python", "-c", "import weights_core; print(weights_core.__file__)")
     assert str(clean.parent) in where
+
+
+def test_an_adapter_is_there_without_what_it_adapts_being_imported(clean):
+    code = "import sys, weights_transformers as t; assert t.__all__; assert 'transformers' not in sys.modules"
+    run(clean / "python", "-c", code)
 
 
 def test_a_third_partys_plugin_runs_in_every_hook(clean, tmp_path):

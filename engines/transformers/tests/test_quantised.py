@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that Transformers converts by itself as it loads: the set is read value by value."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+import weights_core as w
+from weights_core.errors import FormatUnresolvedError
+from weights_transformers import load
+
+BLOCK = 32
+HOW = {"dequantize": True, "weight_block_size": (BLOCK, BLOCK), "modules_to_not_convert": ["lm_head"]}
+
+
+@pytest.fixture
+def fp8(saved, tmp_path):
+    """A checkpoint in 8-bit floats with a scale per block."""
+    tensors = {}
+    for file in saved("llama").glob("*.safetensors"):
+        for name, value in load_file(file).items():
+            tensors[name] = value
+            if "_proj" in name:
+                rows, columns = value.shape
+                blocks = value.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+                scale = blocks.abs().amax((1, 3)) / 448
+                scaled = (blocks / scale[:, None, :, None]).reshape(rows, columns)
+                tensors[name] = scaled.to(torch.float8_e4m3fn)
+                tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((saved("llama") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("format", ["disk", "parallel_shards"])
+def test_a_model_in_8_bit_floats(fp8, logits, format):
+    theirs = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=FineGrainedFP8Config(**HOW))
+    ours = load(
+        AutoModelForCausalLM,
+        fp8,
+        format=format,
+        quantization_config=FineGrainedFP8Config(**HOW),
+        dtype="auto",
+    )
+    assert ours.report.provider == format
+    assert ours.report.applied.unused == ()
+    assert not [note for note in ours.report.notes if "consumed" in note]  # all were released
+    assert torch.equal(logits(ours.model), logits(theirs))
+    for (name, mine), other in zip(ours.model.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+def test_it_shares_nothing(fp8, vault):
+    with pytest.raises(FormatUnresolvedError, match="shares nothing"):
+        load(
+            AutoModelForCausalLM,
+            fp8,
+            format="gms",
+            config=vault,
+            quantization_config=FineGrainedFP8Config(**HOW),
+        )
+
+
+def test_an_error_of_the_source_is_not_told_in_other_words(fp8, monkeypatch):
+    from weights_core.disk import ShardSet
+
+    def broken(self, name, out, slices=None):
+        raise w.errors.CheckpointError("changed while it was read", file=fp8)
+
+    monkeypatch.setattr(ShardSet, "read_into", broken)
+    with pytest.raises(w.errors.CheckpointError, match="changed while it was read"):
+        load(AutoModelForCausalLM, fp8, format="disk", quantization_config=FineGrainedFP8Config(**HOW))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be served is one clear error, before anything is loaded."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+)
+
+from weights_core.errors import CheckpointError, EngineError, PluginConfigError
+from weights_transformers import arguments, from_pretrained
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"device_map": "auto"}, "'device_map': 'auto' is not served; name one device"),
+        ({"device_map": {"model": 0, "lm_head": "cpu"}}, "several devices"),
+        ({"max_memory": {0: 1}}, "offloading"),
+        ({"state_dict": {}}, "reads the checkpoint itself"),
+        ({"gguf_file": "x.gguf"}, "reads the checkpoint itself"),
+        ({"revision": "main"}, "download it first"),
+        ({"adapter_name": "a"}, "adapters are not served"),
+        ({"output_loading_info": True}, r"the report of load\(\)"),
+        ({"distributed_config": {"fsdp_size": 2}}, "only tensor parallelism"),
+        ({"tp_plan": "auto", "distributed_config": {}}, "leave that out"),
+        ({"model_config": "llama"}, "a configuration of Transformers"),
+        ({"no_such_argument": 1}, "no_such_argument"),
+        ({"config": LlamaConfig()}, "give a model's configuration as model_config="),
+    ],
+)
+def test_arguments(saved, given, why):
+    with pytest.raises(EngineError, match=why):
+        from_pretrained(AutoModelForCausalLM, saved("llama"), **given)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (AutoTokenizer, "AutoTokenizer is no PyTorch model class of Transformers"),
+        (torch.nn.Linear, "weights_core.TorchEngine"),
+        (LlamaConfig, "LlamaConfig is no"),
+        ("llama", "'llama' is no"),
+    ],
+)
+def test_classes(saved, cls, why):
+    with pytest.raises(EngineError, match=why):
+        from_pretrained(cls, saved("llama"))
+
+
+def test_a_class_for_other_models(saved):
+    with pytest.raises(EngineError, match="AutoModelForCausalLM has no class for a ViTConfig"):
+        from_pretrained(AutoModelForCausalLM, saved("llama"), model_config=ViTConfig())
+
+
+def test_a_class_of_diffusers(saved):
+    from diffusers import AutoencoderKL
+
+    with pytest.raises(EngineError, match="load_pipeline"):
+        from_pretrained(AutoencoderKL, saved("llama"))
+
+
+def test_settings_of_plugins(saved):
+    with pytest.raises(PluginConfigError, match=r"'thread'.*did you mean 'threads'"):
+        from_pretrained(AutoModelForCausalLM, saved("llama"), config={"parallel_shards": {"thread": 1}})
+
+
+def test_shapes_that_do_not_fit(saved):
+    config = LlamaConfig.from_pretrained(saved("llama"))
+    config.intermediate_size = 32
+    with pytest.raises(EngineError, match="Transformers refuses to load LlamaForCausalLM"):
+        from_pretrained(LlamaForCausalLM, saved("llama"), model_config=config)
+
+
+def test_shapes_that_are_to_be_ignored(saved):
+    from transformers import LlamaForSequenceClassification
+
+    config = LlamaConfig.from_pretrained(saved("llama"))
+    config.intermediate_size = 32
+    torch.manual_seed(1)
+    theirs = LlamaForSequenceClassification.from_pretrained(
+        saved("llama"), config=config, ignore_mismatched_sizes=True
+    )
+    torch.manual_seed(1)
+    ours = from_pretrained(
+        LlamaForSequenceClassification, saved("llama"), model_config=config, ignore_mismatched_sizes=True
+    )
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+def test_no_checkpoint_and_no_configuration(tmp_path):
+    with pytest.raises(CheckpointError):
+        from_pretrained(AutoModel, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(EngineError, match=r"has no config\.json: give model_config="):
+        from_pretrained(AutoModel, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing-like-it"}))
+    with pytest.raises(EngineError, match="nothing-like-it"):
+        from_pretrained(AutoModel, tmp_path)
+    with pytest.raises(CheckpointError, match="hub"):
+        from_pretrained(AutoModel, "org/name")
+
+
+def test_another_version_of_the_engine_is_named_and_goes_on(saved, monkeypatch, caplog):
+    monkeypatch.setitem(arguments.TESTED, "transformers", ((3, 0), (4, 0)))
+    with caplog.at_level(logging.WARNING, logger="weights"):
+        assert from_pretrained(AutoModelForCausalLM, saved("llama")) is not None
+    assert "is installed; weights-transformers is tested with 3.0 up to, not including, 4.0" in caplog.text
+
+
+def test_the_tested_version_is_silent(saved, caplog):
+    with caplog.at_level(logging.WARNING, logger="weights"):
+        from_pretrained(AutoModelForCausalLM, saved("llama"))
+    assert not [record for record in caplog.records if record.name.startswith("weights")]
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, weights_transformers; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_transformers_takes_of_a_bert_is_no_llama():
+    assert arguments.quantization_of(BertConfig(), {}) is None
+    assert arguments.quantization_of(BertConfig(), {"quantization_config": {"quant_method": "fp8"}}) == "fp8"
