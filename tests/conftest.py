@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROJECTS = [ROOT / "core", *sorted((ROOT / "plugins").iterdir()), ROOT / "tests/plugins/weights-probe"]
+PROJECTS = [
+    ROOT / "core",
+    *sorted((ROOT / "plugins").iterdir()),
+    *sorted((ROOT / "engines").iterdir()),
+    ROOT / "tests/plugins/weights-probe",
+]
 
 
 def run(*command):

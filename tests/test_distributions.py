@@ -14,7 +14,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 OURS = {
     tomllib.loads((project / "pyproject.toml").read_text())["project"]["name"]: project
-    for project in (ROOT / "core", *sorted((ROOT / "plugins").iterdir()))
+    for project in (
+        ROOT / "core",
+        *sorted((ROOT / "plugins").iterdir()),
+        *sorted((ROOT / "engines").iterdir()),
+    )
 }
 
 

@@ -16,10 +16,11 @@ PACKAGES = {
     "weights_parallel_shards": ROOT / "plugins/parallel_shards/src/weights_parallel_shards",
     "weights_consumable": ROOT / "plugins/consumable/src/weights_consumable",
     "weights_gms": ROOT / "plugins/gms/src/weights_gms",
+    "weights_vllm": ROOT / "engines/vllm/src/weights_vllm",
 }
 SOURCES = sorted(
     p
-    for folder in ("core", "plugins", "tests", "examples", "benchmarks")
+    for folder in ("core", "plugins", "engines", "tests", "examples", "benchmarks")
     for p in (ROOT / folder).rglob("*.py")
 )
 
@@ -112,6 +113,7 @@ def test_the_core_knows_no_plugin_and_no_engine_by_name():
         "weights_parallel_shards.plugin",
         "weights_consumable.plugin",
         "weights_gms.plugin",
+        "weights_vllm.plugin",
     ],
 )
 def test_importing_loads_no_torch_and_installs_no_handler(module):
