@@ -55,6 +55,7 @@ def make_plan(hooks: Hooks, request: LoadRequest) -> Plan:
         wrappers=tuple(_with(claims, Role.WRAPPER)),
         publishers={name: claims[name] for name in _with(claims, Role.PUBLISHER)},
         decisions=_decisions(hooks, claims, first=(*owners, *sources)),
+        held=claims[owners[0]].held if owners else None,
     )
     if not plan.providers:
         reasons = "; ".join(f"{d.plugin}: {d.reason}" for d in plan.decisions)
