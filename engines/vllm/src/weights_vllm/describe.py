@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
 """What vLLM's configuration says of a model that is to be loaded, in the words of weights-core."""
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _NOT_OF_THE_WEIGHTS = frozenset({"_name_or_path", "transformers_version", "dtype
 
 def describe(vllm_config: VllmConfig, model_config: ModelConfig) -> EngineInfo:
     """Return what is known of the engine before the model is made."""
-    role = "draft" if model_config.runner_type == "draft" else "main"
+    role = role_of(model_config)
     accepts, shareable = {Layout.CHECKPOINT}, {}
     if why_alone(vllm_config, model_config) is None:
         accepts.add(Layout.SHARDED)
@@ -43,6 +44,11 @@ def describe(vllm_config: VllmConfig, model_config: ModelConfig) -> EngineInfo:
         mutates_after_load=_mutates(vllm_config),
         post_load_writes=_post_load_writes(model_config),
     )
+
+
+def role_of(model_config: ModelConfig) -> str:
+    """Return `draft` for the model that proposes tokens to another, else `main`."""
+    return "draft" if model_config.runner_type == "draft" else "main"
 
 
 def group_of(vllm_config: VllmConfig, role: str) -> parallel_state.GroupCoordinator:

@@ -91,9 +91,10 @@ class VllmEngine(Engine):
         loaded = load(consumed(weights))
         if loaded is None:
             raise EngineError(
-                f"{self._info.model} does not say which parameters it loaded, so whether it is complete cannot be "
-                "known: load it with vLLM's own --load-format auto"
+                f"{self._info.model} does not say which parameters it loaded, so whether it is complete "
+                "cannot be known: load it with vLLM's own --load-format auto"
             )
+        parameters = self._parameters()  # a quantised load may have made others
         written = parameters.keys() & loaded
         self.unshareable = self._what_else(before, set(loaded) - written)
         defaulted = {}
@@ -198,7 +199,7 @@ class VllmEngine(Engine):
         missing = [name for name in due if name not in metas]
         unexpected = [name for name in metas if name not in due]
         mismatched = {
-            name: f"{metas[name].dtype} {list(metas[name].shape)}, the model has {need.dtype} {list(need.shape)}"
+            name: f"{metas[name].dtype} {list(metas[name].shape)}, need {need.dtype} {list(need.shape)}"
             for name, need in due.items()
             if name in metas and (metas[name].shape, metas[name].dtype) != (need.shape, need.dtype)
         }
@@ -220,9 +221,7 @@ class VllmEngine(Engine):
         known |= _persistent_buffers(model).keys()
         strange = sorted(others - known)
         if strange:
-            return (
-                f"its load_weights fills {strange[0]!r}, which is neither a parameter nor a persistent buffer"
-            )
+            return f"its load_weights fills {strange[0]!r}, neither a parameter nor a persistent buffer"
         after = beside_tensors(model)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         if changed:
@@ -237,8 +236,8 @@ def _loader_of(model: nn.Module) -> Callable[..., Any]:
         EngineError: it has none, or wants weights from elsewhere than the checkpoint's folder.
     """
     kind = type(model).__name__
-    load = getattr(model, "load_weights", None)
-    if not callable(load):
+    load: Callable[..., Any] | None = getattr(model, "load_weights", None)
+    if load is None:
         raise EngineError(f"vLLM's {kind} has no load_weights: the load format cannot serve it")
     if getattr(model, "secondary_weights", None):
         raise EngineError(

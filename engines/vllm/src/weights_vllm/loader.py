@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
 """The load format: vLLM makes the model and runs its post-load, we bring the weights in between."""
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import vllm
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
+from vllm.distributed import parallel_state
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import BaseModelLoader
 
-from weights_core import Layout, Session, open_session
-from weights_core.errors import CleanupError
+from weights_core import Layout, Session, explain, open_session
+from weights_core.errors import CleanupError, EngineError
 from weights_vllm import ranks, version
-from weights_vllm.describe import checkpoint_of, describe, group_of, why_alone
+from weights_vllm.describe import checkpoint_of, describe, group_of, role_of, why_alone
 from weights_vllm.engine import VllmEngine
 from weights_vllm.parameters import without_memory
-from weights_vllm.settings import settings_of
+from weights_vllm.settings import NAME, settings_of
 
 log = init_logger("vllm.plugins.weights")  # vLLM shows what is logged below its own name
 
@@ -46,6 +48,21 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
         super().__init__(load_config)
         self._settings = settings_of(load_config.model_loader_extra_config)
         self._begun: _Begun | None = None
+
+    def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
+        """Return the bytes of the weights that lie on the device already, held for other engines too."""
+        total = self._held(vllm_config, vllm_config.model_config)
+        speculative = vllm_config.speculative_config
+        drafted = speculative.draft_model_config if speculative is not None else None
+        if (
+            drafted is not None
+            and role_of(drafted) == "draft"  # else a method without a model
+            and parallel_state.get_pp_group().is_last_rank
+        ):
+            load_config = speculative.draft_load_config or self.load_config
+            if load_config.load_format == NAME:
+                total += WeightsModelLoader(load_config)._held(vllm_config, drafted)
+        return total
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing is downloaded: the folder of the checkpoint must be there."""
@@ -90,15 +107,28 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Fill the model that vLLM has just made; called by it from `load_model`."""
+        """Fill the model that vLLM has just made; called by it from `load_model`.
+
+        Raises:
+            EngineError: called by something else, for a model that has its weights.
+        """
         begun, self._begun = self._begun, None
-        assert begun is not None
+        if begun is None:
+            raise EngineError(
+                f"the load format {NAME!r} fills new models only: restart to load other weights"
+            )
         begun.making.close()
         begun.engine.model = model
         begun.session.load()
         begun.session.apply()
         begun.session.publish(Layout.SHARDED)
         begun.engine.transforms()
+
+    def _held(self, vllm_config: VllmConfig, model_config: ModelConfig) -> int:
+        engine = _engine(vllm_config, model_config, self.load_config)
+        format = self._settings.format_of(engine.info.role)
+        held = explain(engine, engine.checkpoint, format, self._settings.config).held
+        return held() if held is not None else 0
 
 
 def _engine(vllm_config: VllmConfig, model_config: ModelConfig, load_config: LoadConfig) -> VllmEngine:

@@ -35,9 +35,9 @@ def without_memory(spared: Container[str] = ("cpu",)) -> Iterator[None]:
 
     def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         del module, name
-        if parameter is not None and parameter.device.type not in spared:
-            if threading.get_ident() == thread:
-                leave_out(parameter)
+        ours = threading.get_ident() == thread
+        if ours and parameter is not None and parameter.device.type not in spared:
+            leave_out(parameter)
 
     handle = register_module_parameter_registration_hook(registered)
     try:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
 """The entry point that vLLM calls in each of its processes."""
 
 from __future__ import annotations

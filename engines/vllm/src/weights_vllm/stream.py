@@ -26,11 +26,11 @@ def consumed(weights: WeightSet) -> Iterator[tuple[str, torch.Tensor]]:
     recent: deque[tuple[str, StorageWeakRef]] = deque()
     kept: list[str] = []
     for name, tensor in weights.stream():
-        recent.append((name, StorageWeakRef(tensor.untyped_storage())))
+        recent.append((name, StorageWeakRef(tensor.untyped_storage())))  # type: ignore[no-untyped-call]
         item = [(name, tensor)]
         del tensor
         yield item.pop()
-        dead = [known for known, ref in recent if ref.expired()]
+        dead = [known for known, ref in recent if ref.expired()]  # type: ignore[no-untyped-call]
         if dead:
             recent = deque((known, ref) for known, ref in recent if known not in dead)
             weights.release(dead)
