@@ -61,7 +61,7 @@ class Finals:
 
 
 def without_amx():
-    """Keep vLLM off AMX: where we tried it, its attention by AMX is killed by the kernel or answers nonsense."""
+    """Keep vLLM off AMX: where we tried it, attention by AMX is killed by the kernel or answers nonsense."""
     import torch
 
     torch.cpu._is_amx_tile_supported = lambda: False
