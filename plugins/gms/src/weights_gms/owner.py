@@ -17,17 +17,7 @@ from weights_core.backing import Backing, backing_for
 from weights_core.checkpoint import find
 from weights_core.digest import content_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
-from weights_gms.client import (
-    Ask,
-    Endpoint,
-    Grant,
-    VaultError,
-    ask_once,
-    commit,
-    keep,
-    open_slot,
-    read_manifest,
-)
+from weights_gms.client import Ask, Endpoint, Grant, VaultError, commit, keep, open_slot, read_manifest
 from weights_gms.holding import Holding
 
 if TYPE_CHECKING:
@@ -350,20 +340,6 @@ def slot_name(tag: str, device: str, info: EngineInfo) -> str:
     world = info.topology.world
     parts = (tag, device, info.component or "-", info.role, f"{world.rank}of{world.size}")
     return "/".join(quote(part, safe="") for part in parts)
-
-
-def held_bytes(config: GmsConfig, info: EngineInfo) -> int:
-    """Return the bytes that the slot of an engine serves now; 0 if there is nothing, or no broker.
-
-    Raises:
-        VaultError: the broker does not answer.
-    """
-    told = ask_once(endpoint_of(config), {"op": "status"}) or {"slots": []}
-    name = slot_name(config.tag, backing_for(info).device, info)
-    served = [
-        g for slot in told["slots"] if slot["slot"] == name for g in slot["generations"] if g["serving"]
-    ]
-    return sum(int(g["bytes"]) for g in served)
 
 
 def plain(identity: Identity) -> dict[str, Any]:

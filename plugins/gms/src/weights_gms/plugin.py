@@ -135,8 +135,6 @@ def shared_layout(info: EngineInfo) -> Layout | None:
 
 
 def _held(config: GmsConfig, info: EngineInfo) -> int:
-    if config.backend == "dynamo" or config.mode == "rw":  # not known; made anew
-        return 0
-    from weights_gms.owner import held_bytes
+    from weights_gms.held import held_bytes
 
     return held_bytes(config, info)
