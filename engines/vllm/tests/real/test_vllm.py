@@ -220,5 +220,20 @@ def test_the_command_of_the_readme_serves(hosts, environ, expected, smollm2, gms
     "presharded" not in {found.name for found in entry_points(group="weights.plugins")},
     reason="weights-presharded is not in this checkout",
 )
-def test_presharded():
-    pytest.fail("weights-presharded has come: write this test")
+@pytest.mark.parametrize("case", ["tp1", "tp2"])
+def test_each_rank_pulls_its_shard_from_a_peer(hosts, expected, llama, tmp_path, case):
+    one, other = hosts(), hosts()
+    arguments = {"model": llama, **ALONE, **(TP2 if case == "tp2" else {})}
+    due = reference(expected, case, one, IDS, **arguments)
+
+    def peer(**role):
+        settings = {"registry": str(tmp_path / "peers"), "wait": 120.0, **role}
+        return {"format": "presharded", "config": {"presharded": settings}}
+
+    offering = one("load", extra=peer(source=True, target=False), **arguments)["workers"]
+    pulling = other("load", extra=peer(source=False, target=True), **arguments)["workers"]
+    assert {worker["provider"] for worker in offering} == {"parallel_shards"}
+    assert {worker["provider"] for worker in pulling} == {"presharded"}
+    assert all(worker["published"][0][0] == "sharded" for worker in offering)
+    assert answers(other, IDS) == due
+    assert answers(one, IDS) == due
