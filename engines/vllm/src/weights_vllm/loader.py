@@ -53,15 +53,16 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
         """Return the bytes of the weights that lie on the device already, held for other engines too."""
         total = self._held(vllm_config, vllm_config.model_config)
         speculative = vllm_config.speculative_config
-        drafted = speculative.draft_model_config if speculative is not None else None
+        if speculative is None or not parallel_state.get_pp_group().is_last_rank:
+            return total
+        drafted, load_config = speculative.draft_model_config, speculative.draft_load_config
+        load_config = load_config or self.load_config
         if (
             drafted is not None
             and role_of(drafted) == "draft"  # else a method without a model
-            and parallel_state.get_pp_group().is_last_rank
+            and load_config.load_format == NAME
         ):
-            load_config = speculative.draft_load_config or self.load_config
-            if load_config.load_format == NAME:
-                total += WeightsModelLoader(load_config)._held(vllm_config, drafted)
+            total += WeightsModelLoader(load_config)._held(vllm_config, drafted)
         return total
 
     def download_model(self, model_config: ModelConfig) -> None:
