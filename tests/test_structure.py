@@ -18,6 +18,7 @@ PACKAGES = {
     "weights_gms": ROOT / "plugins/gms/src/weights_gms",
     "weights_presharded": ROOT / "plugins/presharded/src/weights_presharded",
     "weights_transformers": ROOT / "engines/transformers/src/weights_transformers",
+    "weights_vllm": ROOT / "engines/vllm/src/weights_vllm",
 }
 SOURCES = sorted(
     p
@@ -116,6 +117,7 @@ def test_the_core_knows_no_plugin_and_no_engine_by_name():
         "weights_gms.plugin",
         "weights_presharded.plugin",
         "weights_transformers",
+        "weights_vllm.plugin",
     ],
 )
 def test_importing_loads_no_torch_and_installs_no_handler(module):

@@ -266,6 +266,12 @@ def test_an_owner_may_be_the_only_provider():
     assert plan(host_of(vault=owner(), block=["disk"]), "vault").providers == ("vault",)
 
 
+def test_the_plan_asks_the_owner_that_was_named_what_is_held_already():
+    host = host_of(vault=owner(held=lambda: 7), safe=owner(held=lambda: 8), tape=source())
+    assert plan(host, "vault").held() == 7
+    assert plan(host).held is None
+
+
 # Wrappers and publishers ----------------------------------------------------------------------
 
 

@@ -59,6 +59,7 @@ def make_plan(hooks: Hooks, request: LoadRequest) -> Plan:
             for name in sorted(_with(claims, Role.PUBLISHER), key=lambda name: name not in owners)
         },
         decisions=_decisions(hooks, claims, first=(*owners, *sources)),
+        held=claims[owners[0]].held if owners else None,
     )
     if not plan.providers:
         reasons = "; ".join(f"{d.plugin}: {d.reason}" for d in plan.decisions)

@@ -184,7 +184,8 @@ class FormatClaim:
 
     Args of a claim: `roles` it would take; as a source or owner, the `layouts` it can deliver and
     how well it fits (`fit`); as a publisher, `publish_at`, and whether a failure to publish fails
-    the load (`required`). `reason` is one sentence for the operator.
+    the load (`required`). `reason` is one sentence for the operator. An owner's `held` tells, when it
+    is called, how many bytes of these weights are in the engine's memory already, held for others too.
     """
 
     roles: frozenset[Role] = attrs.field(converter=_roles)
@@ -193,6 +194,7 @@ class FormatClaim:
     fit: Fit = Fit.POSSIBLE
     publish_at: Layout | None = None
     required: bool = False
+    held: Callable[[], int] | None = attrs.field(default=None, eq=False)
 
     def __attrs_post_init__(self) -> None:
         for given, kind in ((self.roles, Role), (self.layouts, Layout)):
@@ -226,7 +228,8 @@ class Plan:
 
     At most one `owner`; `sources` in the order they are asked, the built-in disk last; `wrappers`
     from the outermost in; `publishers`; and for each installed plugin a `Decision`. Plugins are
-    named; `publish_at` and `required` repeat what each publisher claimed.
+    named; `publish_at` and `required` repeat what each publisher claimed. `held` is the owner's, for
+    engines that budget their memory before they load.
     """
 
     owner: str | None
@@ -234,6 +237,7 @@ class Plan:
     wrappers: tuple[str, ...]
     publishers: Mapping[str, FormatClaim]
     decisions: tuple[Decision, ...]
+    held: Callable[[], int] | None = attrs.field(default=None, eq=False)
 
     @property
     def providers(self) -> tuple[str, ...]:

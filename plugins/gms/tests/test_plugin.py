@@ -140,6 +140,20 @@ def test_the_second_engine_reads_what_the_first_wrote(load, source, meta):
     assert "the weights' digest is xxh3_128:" in notes(read)
 
 
+def test_what_the_slot_serves_is_told_before_a_load(load, path, where):
+    def held(**config):
+        settings = {"gms": {"socket_path": where, **config}}
+        return w.explain(
+            w.TorchEngine(model()), path, "gms", host=host_of(config=settings, gms=GmsPlugin)
+        ).held()
+
+    assert held() == 0
+    assert not brokers_of(where)
+    _, report = load()
+    assert held() == report.receipts[0].nbytes > 0
+    assert held(tag="another") == held(mode="rw") == held(backend="dynamo") == 0
+
+
 def test_every_dtype_is_read_as_written(load, tmp_path):
     tensors = {dtype: random_tensor(4, 8, dtype=dtype) for dtype in every_dtype()}
     tensors["empty"] = random_tensor(0, 8, dtype="BF16")

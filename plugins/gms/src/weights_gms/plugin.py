@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Literal
 
@@ -93,6 +94,7 @@ class GmsPlugin(ProviderPlugin[GmsConfig]):
             publish_at=layout,
             required=self.config.mode == "rw",
             reason=reason,
+            held=functools.partial(_held, self.config, info),
         )
 
     @hookimpl
@@ -130,3 +132,9 @@ def shared_layout(info: EngineInfo) -> Layout | None:
     return next(
         (one for one in (Layout.FINAL, Layout.SHARDED) if one in info.shareable and one in info.accepts), None
     )
+
+
+def _held(config: GmsConfig, info: EngineInfo) -> int:
+    from weights_gms.held import held_bytes
+
+    return held_bytes(config, info)

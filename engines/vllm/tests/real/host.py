@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process with a vLLM engine that does what it is told, step by step, one line of JSON at a time."""
+
+import gc
+import json
+import os
+import socket
+import sys
+import traceback
+
+
+def seen_by_workers(model):
+    """What a worker has: its report, its draft's is in the log."""
+    report = getattr(model, "weights_report", None)
+    linear = model.model.layers[0].self_attn.qkv_proj.weight
+    if report is None:
+        return {"provider": None, "linear": linear.numel()}
+    return {
+        "provider": report.provider,
+        "notes": list(report.notes),
+        "published": [[receipt.layout.value, receipt.nbytes] for receipt in report.receipts],
+        "rank": report.rank,
+        "seconds": report.seconds,
+        "linear": linear.numel(),
+    }
+
+
+class Host:
+    def __init__(self):
+        self.llm = None
+
+    def load(self, model, extra=None, threads="0-1", **arguments):
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads
+        from vllm import LLM
+
+        form = {"load_format": "auto"}
+        if extra is not None:
+            form = {"load_format": "weights", "model_loader_extra_config": extra}
+        settings = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 2, "dtype": "bfloat16"}
+        self.llm = LLM(model=model, **form, **{**settings, **arguments})
+        return {"workers": self.llm.apply_model(seen_by_workers)}
+
+    def ask(self, question):
+        """Answer as text, token ids and logprobs; a question is text for a chat, or token ids."""
+        from vllm import SamplingParams
+
+        wanted = SamplingParams(temperature=0, max_tokens=8, logprobs=2, ignore_eos=True)
+        if isinstance(question, str):
+            (answer,) = self.llm.chat([{"role": "user", "content": question}], wanted, use_tqdm=False)
+        else:
+            wanted.detokenize = False
+            (answer,) = self.llm.generate([{"prompt_token_ids": question}], wanted, use_tqdm=False)
+        told = answer.outputs[0]
+        logprobs = [{str(i): one.logprob for i, one in step.items()} for step in told.logprobs]
+        return {"text": told.text, "ids": list(told.token_ids), "logprobs": logprobs}
+
+    def external(self):
+        """The bytes that vLLM would be told are held elsewhere."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader import get_model_loader
+
+        config = self.llm.llm_engine.vllm_config
+        with set_current_vllm_config(config):
+            return get_model_loader(config.load_config).get_external_weight_memory(config)
+
+    def close(self):
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def serve(channel):
+    host = Host()
+    lines = channel.makefile("rw")
+    for line in lines:
+        step = json.loads(line)
+        try:
+            told = {"ok": getattr(host, step.pop("do"))(**step)}
+        except Exception as error:
+            traceback.print_exc()
+            told = {"error": type(error).__name__, "why": str(error)}
+        lines.write(json.dumps(told) + "\n")
+        lines.flush()
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
