@@ -83,7 +83,7 @@ def test_gms_shares_one_copy(saved, logits, vault, name):
     generator = torch.Generator().manual_seed(5)
     tokens = json.dumps(torch.randint(0, 199, (2, 17), generator=generator).tolist())
     command = [sys.executable, "-c", READER, str(path), vault["gms"]["socket_path"], tokens]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["provider"] == "gms"
@@ -119,6 +119,26 @@ def test_two_engines_with_different_dtypes_do_not_share_a_slot(saved, vault):
     with pytest.raises(IdentityMismatchError, match=r"BF16.*F32|F32.*BF16"):
         w.load(engine, path, "gms", vault)
     assert all(p.is_meta for p in engine.model.parameters())
+    writer.report.lease.close()
+
+
+def test_engines_that_take_other_names_do_not_share(saved, vault):
+    """Same files, class, dtype and shapes, and yet other weights."""
+    path = saved("llama")
+    writer = load(AutoModelForCausalLM, path, format="gms", config=vault)
+    swapped = {
+        r"up_proj\.weight": "swap.weight",
+        r"gate_proj\.weight": "up_proj.weight",
+        r"swap\.weight": "gate_proj.weight",
+    }
+    theirs = AutoModelForCausalLM.from_pretrained(path, key_mapping=swapped)
+    alone = from_pretrained(AutoModelForCausalLM, path, key_mapping=swapped)
+    assert torch.equal(alone.model.layers[1].mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(
+        alone.model.layers[1].mlp.up_proj.weight, writer.model.model.layers[1].mlp.gate_proj.weight
+    )
+    with pytest.raises(IdentityMismatchError, match="model: need 'LlamaForCausalLM#"):
+        load(AutoModelForCausalLM, path, format="gms", config=vault, key_mapping=swapped)
     writer.report.lease.close()
 
 

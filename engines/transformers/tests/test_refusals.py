@@ -113,6 +113,16 @@ def test_no_checkpoint_and_no_configuration(tmp_path):
         from_pretrained(AutoModel, "org/name")
 
 
+def test_a_folder_with_an_adapter(saved, tmp_path, monkeypatch):
+    for file in saved("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert from_pretrained(AutoModelForCausalLM, tmp_path) is not None  # as Transformers without peft
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(EngineError, match="holds an adapter"):
+        from_pretrained(AutoModelForCausalLM, tmp_path)
+
+
 def test_another_version_of_the_engine_is_named_and_goes_on(saved, monkeypatch, caplog):
     monkeypatch.setitem(arguments.TESTED, "transformers", ((3, 0), (4, 0)))
     with caplog.at_level(logging.WARNING, logger="weights"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping
@@ -149,6 +150,8 @@ def configuration(
     """
     from transformers import AutoConfig, PreTrainedConfig
 
+    if (folder / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is not None:
+        raise EngineError(f"{folder} holds an adapter, which is not served: load the model without it")
     left = {name: value for name, value in arguments.items() if name != "local_files_only"}
     if isinstance(given, PreTrainedConfig):
         return given, left

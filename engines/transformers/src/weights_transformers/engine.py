@@ -14,6 +14,7 @@ from weights_core.engine import Alloc
 from weights_core.errors import CoverageError
 from weights_transformers.mapped import ModelWeights
 from weights_transformers.ranks import Group, topology_of
+from weights_transformers.recipes import fingerprint
 from weights_transformers.trace import Trace, slots
 
 
@@ -51,13 +52,14 @@ class TransformersEngine(TorchEngine):
             super().info,
             name=engine,
             version=version,
+            model=f"{type(trace.model).__qualname__}#{fingerprint(trace.recipes)}",
             dtype=dtypes.from_torch(trace.dtype),
             shareable={Layout.SHARDED: "these are the parameters; nothing is transformed after a load"},
         )
 
     @property
     def info(self) -> EngineInfo:
-        """Name `transformers` or `diffusers`; the class and the main dtype of the model."""
+        """Name `transformers` or `diffusers`; the class, with a digest of what it takes; the main dtype."""
         return self._own
 
     def apply(self, weights: WeightSet) -> Applied:

@@ -8,6 +8,7 @@ transposition say, is kept as the call that it made, and made again with the byt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -167,6 +168,33 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return type(value)(mapped(item, function) for item in value)
     return function(value)
+
+
+def fingerprint(recipes: Mapping[str, Recipe]) -> str:
+    """Return a short digest of what is made of a checkpoint, the same in every process.
+
+    Engines of one class may make different weights of one checkpoint, by a mapping of names, say.
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for name in sorted(recipes):
+        digest.update(repr((name, _plain(recipes[name]))).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> object:
+    if isinstance(value, Pieces):
+        blocks = [(block.meta.name, block.slices, block.region) for block in value.blocks]
+        return value.shape, str(value.dtype), blocks
+    if isinstance(value, Held):
+        return tuple(value.tensor.shape), str(value.tensor.dtype)
+    if isinstance(value, Call):
+        return getattr(value.function, "__name__", ""), _plain(value.args), _plain(value.kwargs), value.index
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return [(key, _plain(one)) for key, one in sorted(value.items())]
+    known = isinstance(value, str | int | float | bool | slice | torch.dtype | None)
+    return repr(value) if known else type(value).__name__  # what others print may differ by process
 
 
 def _whole(shape: tuple[int, ...]) -> Region:
