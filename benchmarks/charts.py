@@ -50,6 +50,11 @@ class SeedSet(w.WeightSet):
         """Those of the files."""
         return self._metas
 
+    @property
+    def bytes_read(self) -> int:
+        """All of them."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Return what is there."""
         tensor = self._tensors[name]
@@ -81,9 +86,7 @@ class Seed:
                 tensors |= part
         for shard in shards:
             shard.close()
-        made = SeedSet(tensors, metas)
-        made.count(sum(tensor.nbytes for tensor in tensors.values()))
-        return made
+        return SeedSet(tensors, metas)
 
 
 def load(way: str, folder: Path, out: Path) -> None:
