@@ -26,7 +26,7 @@ test: $(READY) system
 
 # What tests need of the system: a Redis server. Where it can't be installed here, they say how.
 system:
-	@command -v redis-server > /dev/null || apt-get install -y --no-install-recommends redis-server \
+	@command -v redis-server > /dev/null || (apt-get update -q && apt-get install -qy --no-install-recommends redis-server) \
 		|| echo 'please run: sudo apt-get install -y redis-server'
 
 lint: $(READY)
