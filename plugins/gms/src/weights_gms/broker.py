@@ -480,9 +480,7 @@ def serve(
 
 def _life_lock(folder: int, seconds: float = 2.0) -> int:
     """Return the lock that only a living broker of this place holds."""
-    lock = os.open(
-        LIFE_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
-    )
+    lock = os.open(LIFE_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     end = time.monotonic() + seconds
     while True:
         try:
