@@ -188,7 +188,7 @@ def on_host(gib: float) -> None:
         "verified": [],
     }
     results |= {"whole load": [], "nixl": []}
-    threads = threads_of(PreshardedConfig())
+    threads, received = threads_of(PreshardedConfig()), 0
     with tempfile.TemporaryDirectory() as folder:
         with source(folder, "even", gib, "cpu", "auto") as told:
             print(f"  offered after {told['seconds']:.2f} s, in huge pages after {told['settled']:.2f} s")
@@ -236,6 +236,7 @@ def on_devices(gib: float) -> None:
             ):
                 print(f"  {name}: the source offered it in {told['seconds']:.2f} s")
                 for verify in (False, True):
+                    received = 0
                     spent, whole = [], []
                     for _ in range(3):
                         engine = Flat(sizes, "cuda:1", fill=False, meta=True)

@@ -302,3 +302,22 @@ def test_one_rank_of_four_whose_source_is_bad_sends_all_to_disk(workers, checkpo
         assert (one.get("provider"), one.get("seen")) == (DISK, due(4, rank)), one
         assert "rank 1: " in reasons(one)
         assert "arrived with the digest" in reasons(one)
+
+
+def test_a_rank_that_was_filled_and_cannot_be_brought_back_ends_the_load_on_all(
+    workers, checkpoint, tmp_path
+):
+    sources_of(workers, checkpoint, tmp_path / "s", size=2, spoil=1)
+    (tmp_path / "t").mkdir()
+    ranks = [workers(source=False) for _ in range(2)]
+    for rank, one in enumerate(ranks):
+        one.begin("load", checkpoint=checkpoint, gather=tmp_path / "t", size=2, rank=rank, reinit=False)
+    told = [one.answer() for one in ranks]
+    assert [one["error"] for one in told] == ["EngineDirtyError", "RanksDisagreeError"], told
+    assert "do not use the engine" in told[0]["notes"]
+
+
+def test_a_token_that_is_missing_sends_to_disk_and_is_said(workers, checkpoint, due, source, tmp_path):
+    told = workers(source=False, token_file=str(tmp_path / "none"))("load", checkpoint=checkpoint)
+    assert (told["provider"], told["seen"]) == (DISK, due())
+    assert "No such file" in reasons(told)

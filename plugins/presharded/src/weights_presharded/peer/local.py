@@ -184,7 +184,7 @@ def _spread(part: torch.Tensor, at: int, runs: Sequence[Run]) -> None:
             outs.append(run.out[begin - run.start : end - run.start])
             sources.append(part[begin - at : end - at])
     if outs:
-        torch._foreach_copy_(outs, sources, non_blocking=True)
+        torch._foreach_copy_(outs, sources, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _empty_like(landing: Landing, manifest: Manifest) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import os
 import time
 import uuid
@@ -50,8 +51,8 @@ class Agent:
         """
         prepare(os.environ)
         try:
-            from nixl_cu13 import _api as api
-            from nixl_cu13 import _bindings as bindings
+            api: Any = importlib.import_module("nixl_cu13._api")
+            bindings: Any = importlib.import_module("nixl_cu13._bindings")
         except ImportError as exc:
             raise ExtraNotInstalledError(
                 "peers on other hosts need NIXL: pip install 'weights-presharded[nixl]'"

@@ -16,7 +16,7 @@ from weights_core import Declined, Identity, Layout, LoadFailed
 from weights_core.arena import ArenaWriter, Manifest
 from weights_core.backing import backing_for
 from weights_core.digest import checkpoint_digest
-from weights_core.errors import ArenaError, CheckpointError, WeightsError
+from weights_core.errors import WeightsError
 from weights_presharded.peer import catalog
 from weights_presharded.peer.client import BusyError, Connection, GoneError, PeerError, ask
 from weights_presharded.peer.entry import Entry
@@ -29,7 +29,7 @@ from weights_presharded.peer.places import (
     threads_of,
     token_of,
 )
-from weights_presharded.peer.registry import Registry, RegistryError
+from weights_presharded.peer.registry import Registry
 from weights_presharded.peer.transport import Fetch, Transport
 from weights_presharded.peer.weights import PulledSet
 
@@ -89,7 +89,7 @@ class Target:
         try:
             registry = open_registry(self._config, os.environ)
             candidates = self._candidates(registry)
-        except (RegistryError, CheckpointError) as exc:
+        except WeightsError as exc:
             why = exc.brief
         finally:
             if registry is not None:
@@ -115,12 +115,12 @@ class Target:
             Declined, LoadFailed: one can't; says which and why.
         """
         world = self._request.engine.topology.world
-        mine = ("presharded", why_not)
+        mine = ("presharded", why_not, self._wrote)
         everyone: Sequence[object] = [mine]
         if world.size > 1:
             everyone = self._engine.gather(mine, self._request.timeout)
         for rank, theirs in enumerate(everyone):
-            if not (isinstance(theirs, tuple | list) and len(theirs) == 2 and theirs[0] == "presharded"):
+            if not (isinstance(theirs, tuple | list) and len(theirs) == 3 and theirs[0] == "presharded"):
                 raise LoadFailed(f"rank {rank} is at another step: {theirs!r}", mutated=self._wrote)
         reasons = {rank: theirs[1] for rank, theirs in enumerate(everyone) if theirs[1]}  # type: ignore[index]
         if not reasons:
@@ -128,8 +128,8 @@ class Target:
         rank = world.rank if world.rank in reasons else min(reasons)
         why = str(reasons[rank])
         told = why if world.size == 1 else f"rank {rank}: {why}"
-        if self._wrote:
-            raise LoadFailed(f"no peer could finish: {told}", mutated=True)
+        if any(theirs[2] for theirs in everyone):  # type: ignore[index]
+            raise LoadFailed(f"no peer could finish: {told}", mutated=self._wrote)
         raise Declined(told)
 
     def _candidates(self, registry: Registry) -> list[Entry]:
@@ -195,7 +195,7 @@ class Target:
     def _pull_any(self, candidates: Sequence[Entry]) -> Pulled | None:
         """Try each source, then wait for a place at those that had none."""
         busy: list[Entry] = []
-        for wait in (0.0, self._config.stall):
+        for wait in (0.0, max(self._config.wait, self._config.stall)):
             for entry in candidates if wait == 0.0 else busy[:]:
                 try:
                     return self._pull_one(entry, wait)
@@ -203,7 +203,7 @@ class Target:
                     busy.append(entry)
                     if wait:
                         self._failed.append(f"{entry.name}: {exc.brief}")
-                except (PeerError, ArenaError, OSError, ValueError) as exc:
+                except (WeightsError, OSError, ValueError) as exc:
                     why = exc.brief if isinstance(exc, WeightsError) else f"{type(exc).__name__}: {exc}"
                     log.warning("source %s: %s", entry.name, why)
                     self._failed.append(f"{entry.name}: {why}")
@@ -264,10 +264,8 @@ class Target:
         try:
             transport.fetch(fetch)
             fetch.landing.finish()
-        except BaseException:
-            # where it is not known to be otherwise, parameters are taken to have been written
+        finally:  # also where all is well: another rank may have failed
             self._wrote = self._wrote or (fetch.landing.in_place and transport.wrote)
-            raise
 
     def _landing(self, manifest: Manifest, connection: Connection, transport: Transport) -> Landing:
         tensors = catalog.tensors_of(self._engine, manifest)
