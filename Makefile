@@ -62,7 +62,7 @@ $(READY): pyproject.toml constraints.txt $(DISTS:%=%/pyproject.toml) Makefile
 	touch $@
 
 # the pieces of torch's family that vLLM asks for and that would want another build of torch are not used
-$(VLLM)/.ready: engines/vllm/requirements.txt Makefile
+$(VLLM)/.ready: engines/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --upgrade 'pip>=25.1'
 	$(VLLM)/bin/pip install --quiet --requirement engines/vllm/requirements.txt

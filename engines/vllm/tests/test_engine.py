@@ -108,6 +108,16 @@ def test_parameters_are_bound_without_a_copy_and_buffers_are_copied():
     assert torch.equal(model.attention.cache, torch.arange(4.0))
 
 
+def test_a_set_that_fills_brings_its_tensors_into_the_parameters_own_memory():
+    model, given = blank(Model()), Held(sharded())
+    given.fills = True
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert engine_of(model).bind(given).written == given.keys()
+    assert holds(model, due(checkpoint()))
+    assert model.attention.scale == 3
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -257,6 +267,43 @@ def test_a_quantised_model_says_itself_what_it_needs(folder):
     model = blank(Forgets())
     report = w.load(engine_of(model, folder, quantization="fp8"), folder)
     assert report.applied.defaulted == {"norm": "vLLM does not demand it of a fp8 checkpoint"}
+
+
+class Head(nn.Module):
+    """A draft that may come without an embedding: vLLM gives it that of its target."""
+
+    has_own_embed_tokens = False
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(4, 4)
+        self.norm = nn.Parameter(torch.ones(16), requires_grad=False)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name == "norm":
+                self.norm.data.copy_(tensor)
+        return {"norm"}
+
+
+def test_a_draft_may_lack_what_its_target_has(folder):
+    report = w.load(engine_of(Head(), folder, role="draft"), folder)
+    assert report.applied.defaulted == {"embed_tokens.weight": "the draft uses that of its target"}
+    owning = Head()
+    owning.has_own_embed_tokens = True
+    with pytest.raises(CoverageError, match=r"missing 1 tensor: embed_tokens\.weight"):
+        w.load(engine_of(owning, folder, role="draft"), folder)
+
+
+class Notes(Model):
+    def load_weights(self, weights):
+        self.attention.seen = True
+        return super().load_weights(weights)
+
+
+def test_a_model_that_notes_what_it_loads_is_not_filled_again(folder):
+    with pytest.raises(EngineError, match=r"cannot be filled again: its load_weights also sets"):
+        w.load(engine_of(Notes(), folder), folder, host=host_of(breaks=BreaksPlugin))
 
 
 class Breaks(w.WeightSet):

@@ -13,11 +13,16 @@ from torch import nn
 from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage
 from weights_core.engine import Alloc
 from weights_core.errors import CoverageError, EngineError
+from weights_core.tensors import nbytes
+from weights_core.weightset import Target
 from weights_vllm.parameters import give_memory, meta_of, move
 from weights_vllm.state import beside_tensors
 from weights_vllm.stream import consumed
 
 Gather = Callable[[object, float], Sequence[object]]
+
+_OF_THE_TARGET = {"has_own_embed_tokens": "embed_tokens", "has_own_lm_head": "lm_head"}
+"""What a draft's model says it has no weights of its own for, and the module that it would be."""
 
 
 class VllmEngine(Engine):
@@ -35,6 +40,7 @@ class VllmEngine(Engine):
         self._model: nn.Module | None = None
         self._originals: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
+        self._before: Mapping[str, object] | None = None
         self._touched = False
         self._transformed = False
         self.unshareable: str | None = None
@@ -85,7 +91,8 @@ class VllmEngine(Engine):
         """
         model, parameters = self.model, self._parameters()
         load = _loader_of(model)
-        before = beside_tensors(model)
+        if self._before is None:
+            self._before = beside_tensors(model)
         self._touched = True
         give_memory(parameters)
         loaded = load(consumed(weights))
@@ -96,16 +103,15 @@ class VllmEngine(Engine):
             )
         parameters = self._parameters()  # a quantised load may have made others
         written = parameters.keys() & loaded
-        self.unshareable = self._what_else(before, set(loaded) - written)
-        defaulted = {}
-        if self._info.quantization is not None:
-            why = f"vLLM does not demand it of a {self._info.quantization} checkpoint"
-            defaulted = dict.fromkeys(parameters.keys() - written, why)
-        host = sum(meta_of(n, p).nbytes for n, p in parameters.items() if p.device.type == "cpu")
+        self.unshareable = self._what_else(set(loaded) - written)
+        defaulted = self._defaulted(parameters.keys() - written)
+        host = sum(nbytes(p) for p in parameters.values() if p.device.type == "cpu")
         return Applied(written=written, defaulted=defaulted, unused=None, host_bytes=host)
 
     def bind(self, weights: WeightSet) -> Applied:
         """Make the set's tensors the parameters, without a copy; buffers are copied.
+
+        A set that says it `fills` brings its tensors into the parameters' own memory instead.
 
         Raises:
             CoverageError: a tensor is missing, is not expected, or differs in shape, dtype or device.
@@ -115,6 +121,8 @@ class VllmEngine(Engine):
             raise EngineError(_not_final(self._info.device))
         parameters, buffers = self._parameters(), _persistent_buffers(self.model)
         self._check_fit(weights.metas)
+        if getattr(weights, "fills", False):
+            return self._fill(weights, parameters, buffers)
         given = dict(weights.stream())
         for name, tensor in given.items():
             mine = parameters[name] if name in parameters else buffers[name]
@@ -165,8 +173,9 @@ class VllmEngine(Engine):
             raise EngineError("vLLM's post-load had begun: make the model anew")
         if self._touched and self._info.quantization is not None:
             raise EngineError(f"a {self._info.quantization} model that was written to cannot be filled again")
-        if self._touched and self.unshareable is not None:
-            raise EngineError(f"a model that was written to cannot be filled again: {self.unshareable}")
+        changed = self._what_else(set())
+        if changed is not None:
+            raise EngineError(f"a model that was written to cannot be filled again: {changed}")
         parameters = self._parameters()
         for name, data in self._originals.items():
             parameters[name].data = data
@@ -186,6 +195,19 @@ class VllmEngine(Engine):
     def gather(self, value: object, timeout: float) -> Sequence[object]:
         """Ask the other ranks of vLLM's world group."""
         return self._gather(value, timeout)
+
+    def _fill(
+        self, weights: WeightSet, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]
+    ) -> Applied:
+        self._touched = True
+        give_memory(parameters)
+        targets = [Target(name, tensor.detach()) for name, tensor in (*parameters.items(), *buffers.items())]
+        written = []
+        for target in weights.fill(targets):
+            written.append(target.name)
+            weights.release([target.name])
+        host = sum(nbytes(t) for t in parameters.values() if t.device.type == "cpu")
+        return Applied(written=written, unused=(), host_bytes=host)
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_parameters())
@@ -214,7 +236,19 @@ class VllmEngine(Engine):
                 mismatched=mismatched,
             )
 
-    def _what_else(self, before: Mapping[str, object], others: set[str]) -> str | None:
+    def _defaulted(self, missing: set[str]) -> dict[str, str]:
+        """Return which parameters need not come from the checkpoint, and why."""
+        quantization = self._info.quantization
+        if quantization is not None:
+            return dict.fromkeys(missing, f"vLLM does not demand it of a {quantization} checkpoint")
+        theirs = [part for flag, part in _OF_THE_TARGET.items() if getattr(self.model, flag, True) is False]
+        return {
+            name: "the draft uses that of its target"
+            for name in missing
+            if any(part in name.split(".") for part in theirs)
+        }
+
+    def _what_else(self, others: set[str]) -> str | None:
         """Return what loading did beside filling parameters and persistent buffers, or None."""
         model = self.model
         known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -222,6 +256,9 @@ class VllmEngine(Engine):
         strange = sorted(others - known)
         if strange:
             return f"its load_weights fills {strange[0]!r}, neither a parameter nor a persistent buffer"
+        before = self._before
+        if before is None:
+            return None
         after = beside_tensors(model)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         if changed:

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -80,6 +81,7 @@ def environ(tmp_path_factory):
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": f"{HERE / 'plugins'}:{os.environ.get('PYTHONPATH', '')}",
+        "TMPDIR": str(tmp_path_factory.mktemp("tmp")),  # vLLM leaves files there
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look into workers
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -102,6 +104,9 @@ def start(tmp_path_factory, environ):
     yield start
     for engine in started:
         engine.kill()
+        for group in set(re.findall(r"vllm_dist_[0-9a-f]{32}", engine.said())):
+            for left in Path("/dev/shm").glob(f"{group}*"):  # vLLM's ranks leave them behind
+                left.unlink()
 
 
 @pytest.fixture(scope="session")

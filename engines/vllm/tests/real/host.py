@@ -63,6 +63,11 @@ class Host:
         with set_current_vllm_config(config):
             return get_model_loader(config.load_config).get_external_weight_memory(config)
 
+    def register_again(self):
+        from weights_vllm.plugin import register
+
+        register()
+
     def close(self):
         from vllm.distributed import cleanup_dist_env_and_memory
 

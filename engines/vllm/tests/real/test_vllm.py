@@ -146,6 +146,8 @@ def test_what_an_operator_gets_wrong_is_one_error_and_the_process_can_go_on(host
     refused(one, r"no setting 'fromat' \(did you mean 'format'\?\)", model=llama, extra={"fromat": "gms"})
     refused(one, "'gsm' is not installed", model=llama, extra={"format": "gsm"})
     refused(one, "engine vllm cannot share final weights", model=llama, extra={"format": "finals"})
+    one("register_again")
+    assert "Load format `weights` is already registered" not in one.said()
     one("load", model=llama, extra=gms(), **ALONE)
     refused(other, r"dtype: need 'F32', has 'BF16'", model=llama, extra=gms(), dtype="float32")
     assert answers(one, IDS) == due
