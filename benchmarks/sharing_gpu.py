@@ -163,6 +163,7 @@ def read(path: Path, where: str, layers: int) -> None:
     before = free()
     first, model, report = load(layers, path, where, ["gms"])
     used = before - free()
+    seconds = first
     for _ in range(LATER):  # by a process that has loaded before
         report.lease.close()
         seconds, model, report = load(layers, path, where, ["gms"])

@@ -180,6 +180,14 @@ def test_a_stale_entry_is_passed_over_and_removed(workers, checkpoint, source, r
     assert sorted(os.listdir(registry)) == ["token"]
 
 
+def test_the_socket_of_a_source_that_was_killed_goes_with_the_next(workers, checkpoint, source, registry):
+    living, _ = workers(), source.kill()
+    living("load", checkpoint=checkpoint, target=False)
+    entries = [json.loads(path.read_text()) for path in Path(registry).glob("*.json")]
+    (left,) = Path(registry).glob("*.sock")
+    assert [e["pid"] for e in entries if e["socket"] == str(left)] == [living.pid]
+
+
 def test_a_source_that_is_silent_for_long_is_stale(workers, checkpoint, source, registry):
     source.signal(signal.SIGSTOP)
     entry = next(Path(registry).glob("*.json"))

@@ -63,7 +63,9 @@ def test_an_engine_that_was_written_and_cannot_be_brought_back_is_not_used(worke
     assert "do not use the engine" in told["notes"]
 
 
-@pytest.mark.parametrize(("how", "says"), [(signal.SIGKILL, "read"), (signal.SIGSTOP, "for 1 s|within 1 s")])
+@pytest.mark.parametrize(
+    ("how", "says"), [(signal.SIGKILL, "NIXL|read"), (signal.SIGSTOP, "for 1 s|within 1 s")]
+)
 def test_a_source_that_dies_or_stops_is_given_up(workers, checkpoint, due, tmp_path, how, says):
     held = tmp_path / "held"
     held.mkdir()

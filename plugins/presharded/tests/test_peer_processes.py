@@ -96,3 +96,14 @@ def test_what_the_engine_writes_later_is_not_served(workers, checkpoint, due):
     told = target("load", checkpoint=checkpoint)
     assert (told["provider"], told["seen"]) == ("presharded", due())
     assert source("now") != due()
+
+
+def test_within_a_host_nothing_needs_to_be_configured(workers, checkpoint, due, tmp_path):
+    common = {"registry": None, "environ": {"XDG_RUNTIME_DIR": str(tmp_path)}}
+    source, target = workers(**common), workers(**common)
+    assert source("load", checkpoint=checkpoint)["provider"] == "disk"
+    told = target("load", checkpoint=checkpoint)
+    assert (told["provider"], told["seen"]) == ("presharded", due())
+    folder = tmp_path / "weights-presharded"
+    assert folder.stat().st_mode & 0o077 == 0
+    assert (folder / "token").stat().st_mode & 0o077 == 0

@@ -86,12 +86,9 @@ def peers(workers, server, tmp_path):
     path = tmp_path / "token"
     path.write_text(secrets.token_hex(32))
     path.chmod(0o600)
-    return lambda **more: workers(**{"registry": server.url, "token_file": str(path), **more})
-
-
-@pytest.fixture(autouse=True)
-def runtime(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    here = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    common = {"registry": server.url, "token_file": str(path), "environ": here}
+    return lambda **more: workers(**common | more)
 
 
 def test_a_target_finds_its_source(peers, checkpoint, due, server):
@@ -155,8 +152,8 @@ def test_a_wrong_password_is_said(peers, checkpoint, due, server):
     assert "wrong@" not in str(told)
 
 
-def test_many_hosts_need_a_token_of_their_own(workers, checkpoint, due, server):
-    told = workers(registry=server.url)("load", checkpoint=checkpoint)
+def test_many_hosts_need_a_token_of_their_own(peers, checkpoint, due):
+    told = peers(token_file=None)("load", checkpoint=checkpoint)
     assert (told["provider"], told["seen"]) == ("disk", due())
     assert any("needs a token that is the same on all: token_file=PATH" in note for note in told["notes"])
 

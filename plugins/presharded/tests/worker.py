@@ -280,6 +280,7 @@ def held_at(folder):
 
 
 def serve(settings, channel):
+    os.environ.update(settings.pop("environ", {}))
     worker = Worker(**settings)
     lines = channel.makefile("rw")
     for line in lines:

@@ -110,6 +110,7 @@ class Server:
         self.entry = entry
         try:
             self._listen_here()
+            _sweep(folder)
             if listen is not None:
                 self._remote = socket.create_server(listen, backlog=MAX_PEERS)
                 self._watch(self._remote)
@@ -374,6 +375,23 @@ class Server:
         for sock in (self._local, self._remote, *(peer.sock for peer in self._peers.values())):
             if sock is not None:
                 sock.close()
+
+
+def _sweep(path: str) -> None:
+    """Remove the sockets of sources that were killed: nobody listens there."""
+    folder = place.open_folder(path, owners={os.geteuid()})
+    try:
+        for name in os.listdir(folder):
+            if not name.endswith(".sock"):
+                continue
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                sock.setblocking(False)
+                try:
+                    sock.connect(place.through(folder, name))
+                except ConnectionRefusedError:
+                    os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def _address(sock: socket.socket, host: str) -> str:
