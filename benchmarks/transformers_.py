@@ -2,7 +2,8 @@
 """How long a Transformers model takes through weights, and what memory, beside `from_pretrained`.
 
     python benchmarks/transformers_.py --gib 1 --rounds 5                  on the CPU
-    python benchmarks/transformers_.py --gib 8 --rounds 2 --device cuda    on a GPU, under 4 minutes
+    tests/gpu/run.sh -- python3 benchmarks/transformers_.py --gib 8 --rounds 2 --warm-only --device cuda
+                                                                           on a GPU, under 4 minutes
     python benchmarks/transformers_.py --path CHECKPOINT                   one that is there
 
 The checkpoint is made here from a configuration, of random numbers. Every load is in a process of its

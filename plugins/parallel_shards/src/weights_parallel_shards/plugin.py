@@ -42,7 +42,7 @@ class ParallelShardsConfig:
     """Settings.
 
     `threads` chunks are read at a time; "auto" goes by the storage. `max_host_bytes` bounds staging
-    memory and what is read ahead of a consumer that streams, together; "auto" is 256 MiB, and 512 MiB
+    memory and what is read ahead of a consumer that streams, together; "auto" is 256 MiB, and 80 MiB
     of pinned memory to feed a GPU. `direct` says whether to read
     past the page cache: "auto" where that works and the bytes are not cached; "always"; or "never".
     """
