@@ -42,7 +42,7 @@ format: $(READY)
 # packages of this checkout are taken as they lie here, so that one environment serves every checkout
 vllm: $(VLLM)/.ready
 	tests/in_place.sh $(VLLM)/bin/python -m pytest -o addopts='--import-mode=importlib --strict-markers -ra' \
-	    -o filterwarnings= -o timeout=900 engines/vllm/tests
+	    -o filterwarnings= -o timeout=1800 engines/vllm/tests
 
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py

@@ -55,7 +55,7 @@ class Engine:
         self.lines.write(json.dumps({"do": do, **what}) + "\n")
         self.lines.flush()
 
-    def answer(self, seconds=300):
+    def answer(self, seconds=600):
         ready, _, _ = select.select([self.channel], [], [], seconds)
         line = self.lines.readline() if ready else ""
         assert line, ("no answer", self.said()[-6000:])
