@@ -121,7 +121,7 @@ class VllmEngine(Engine):
             raise EngineError(_not_final(self._info.device))
         parameters, buffers = self._parameters(), _persistent_buffers(self.model)
         self._check_fit(weights.metas)
-        if getattr(weights, "fills", False):
+        if weights.fills:
             return self._fill(weights, parameters, buffers)
         given = dict(weights.stream())
         for name, tensor in given.items():
