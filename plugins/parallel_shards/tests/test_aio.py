@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from weights_parallel_shards import aio
 from weights_parallel_shards.aio import Reads
 
 
@@ -79,6 +80,7 @@ def test_a_set_of_reads_that_is_dropped_is_drained(file):
 
 SCRIPT = """
 import ctypes, os, sys
+from weights_parallel_shards import aio
 from weights_parallel_shards.aio import Reads
 fd = os.open(sys.argv[1], os.O_RDONLY)
 reads, memory = Reads(16), (ctypes.c_char * (16 << 20))()
@@ -99,3 +101,9 @@ def test_a_process_ends_while_reads_are_under_way(tmp_path, how):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "end\n" * (2 if how == "fork" else 1)
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    assert aio.is_available()
+    monkeypatch.setattr(os, "confstr", lambda name: None)
+    assert not aio.is_available()

@@ -21,9 +21,10 @@ from weights_core.shards import open_shards
 from weights_core.tensors import as_bytes
 from weights_core.testing import every_dtype, random_tensor, write_checkpoint
 from weights_core.weightset import Target
-from weights_parallel_shards import storage
+from weights_parallel_shards import reader, storage
 from weights_parallel_shards.aio import Reads
-from weights_parallel_shards.reader import ParallelSet
+from weights_parallel_shards.chunks import Item
+from weights_parallel_shards.reader import ParallelSet, channel_to
 from weights_parallel_shards.tuning import Tuning
 
 PATIENCE = 20
@@ -276,3 +277,23 @@ def test_a_consumer_in_a_forked_child_is_told(tmp_path, channel):
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert len(list(running)) == len(tensors) - 1
+
+
+def test_memory_that_is_not_the_hosts_is_never_written_by_address(tmp_path):
+    tensors = assorted()
+    folder = write_checkpoint(tmp_path, tensors, shards=1)
+    with contextlib.closing(set_of(folder, None)) as weights:
+        (shard,) = weights.shards
+        for name, tensor in tensors.items():
+            target, item = Target(name, torch.zeros_like(tensor)), Item(name, tensor.nbytes)
+            pieces = list(reader._pieces(shard, target, item, 8192, by_address=False))
+            assert item.address == 0
+            assert all(piece.box is not None for piece in pieces)
+            assert bool(pieces) == bool(tensor.nbytes)
+
+
+def test_without_the_runtime_torch_copies(monkeypatch):
+    cuda = torch.device("cuda:0")
+    monkeypatch.setattr(torch.version, "cuda", None)  # as on other vendors' devices
+    assert channel_to(cuda) is None
+    assert channel_to(torch.device("cpu")) is None

@@ -17,6 +17,15 @@ import weakref
 _SIGEV_NONE = 1
 
 
+def is_available() -> bool:
+    """Return whether the C library is the one whose control blocks are known here."""
+    try:
+        version = os.confstr("CS_GNU_LIBC_VERSION")
+    except ValueError:
+        return False
+    return version is not None and ctypes.sizeof(ctypes.c_void_p) == 8
+
+
 class _Request(ctypes.Structure):
     """A control block as glibc lays it out where pointers have 64 bits; its own fields are at the end."""
 
@@ -58,10 +67,10 @@ class Reads:
         request = self._requests[number]
         request.descriptor, request.buffer, request.nbytes = descriptor, address, nbytes
         request.offset, request.notify = offset, _SIGEV_NONE
+        self._pending.add(number)  # first, so that one that is interrupted here is waited for
         if self._calls.read(self._base + number * _SIZE):
+            self._pending.discard(number)
             self._refused.append((number, -ctypes.get_errno()))
-        else:
-            self._pending.add(number)
 
     def done(self) -> list[tuple[int, int]]:
         """Return number and result of those that are done: bytes read, or a negative error number."""

@@ -28,7 +28,9 @@ class CudaChannel:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._handle: int = self._stream.cuda_stream
-        self._memcpy = _runtime().cudaMemcpyAsync
+        found = runtime()
+        assert found is not None
+        self._memcpy = found.cudaMemcpyAsync
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """Return pinned memory, registered in huge pages: that takes a tenth of the time of allocating it.
@@ -43,15 +45,15 @@ class CudaChannel:
         torch.frombuffer(raw, dtype=torch.uint8).zero_()  # by all of torch's threads
         bytes_: Any = (ctypes.c_ubyte * nbytes).from_buffer(raw)
         address = ctypes.addressof(bytes_)
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = runtime.cudaHostRegister(address, nbytes, _PORTABLE)
+        pinning: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = pinning.cudaHostRegister(address, nbytes, _PORTABLE)
         if int(status):
             raise LoadError(
                 f"{nbytes} bytes of host memory cannot be pinned for {self._device}: {status}; "
                 "lower max_host_bytes of parallel_shards"
             )
         owner = _Pinned()
-        weakref.finalize(owner, _unpin, runtime, address, raw, os.getpid()).atexit = False
+        weakref.finalize(owner, _unpin, pinning, address, raw, os.getpid()).atexit = False
         bytes_.owner = owner
         return torch.frombuffer(bytes_, dtype=torch.uint8)
 
@@ -88,21 +90,20 @@ class _Pinned:
     """What dies with the last tensor in pinned memory."""
 
 
-def _runtime() -> ctypes.PyDLL:
-    """Return the CUDA runtime that torch has loaded, called without giving up the interpreter."""
+def runtime() -> ctypes.PyDLL | None:
+    """Return the CUDA runtime that torch has loaded, called without giving up the interpreter, if it has."""
     version = str(torch.version.cuda).partition(".")[0]
-    runtime = ctypes.PyDLL(f"libcudart.so.{version}")
-    runtime.cudaMemcpyAsync.argtypes = [
-        *[ctypes.c_void_p] * 2,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_void_p,
-    ]
-    return runtime
+    try:
+        found = ctypes.PyDLL(f"libcudart.so.{version}")
+    except OSError:  # torch is made for something else, or has the runtime built in
+        return None
+    pointer = ctypes.c_void_p
+    found.cudaMemcpyAsync.argtypes = [pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer]
+    return found
 
 
-def _unpin(runtime: Any, address: int, raw: mmap.mmap, process: int) -> None:
+def _unpin(pinning: Any, address: int, raw: mmap.mmap, process: int) -> None:
     """Unpin memory, and only then let go of it; a forked child has none of it."""
     if os.getpid() == process:
-        runtime.cudaHostUnregister(address)
+        pinning.cudaHostUnregister(address)
     del raw

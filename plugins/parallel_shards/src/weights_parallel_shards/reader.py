@@ -14,6 +14,7 @@ from weights_core.disk import ShardSet
 from weights_core.shards import SafetensorsShard, Shard, aligned
 from weights_core.tensors import allocate
 from weights_core.weightset import Slices, Target, check_destination, normalise
+from weights_parallel_shards import aio
 from weights_parallel_shards.chunks import Chunk, Item, Piece, boxes, gather, selection, span
 from weights_parallel_shards.lanes import Lane, integers
 from weights_parallel_shards.run import Run
@@ -24,17 +25,14 @@ from weights_parallel_shards.window import Window
 
 T = TypeVar("T")
 
-_ADDRESSED = ("cpu", "cuda")
-"""Devices whose memory is written by address; into that of others torch copies."""
-
 
 def channel_to(device: torch.device) -> Channel | None:
-    """Return how bytes get to `device` if it copies by itself, else None."""
-    if device.type != "cuda":
+    """Return how bytes get to `device` if it copies by itself, else None: then torch copies."""
+    if device.type != "cuda" or not aio.is_available():
         return None
-    from weights_parallel_shards.cuda import CudaChannel
+    from weights_parallel_shards.cuda import CudaChannel, runtime
 
-    return CudaChannel(device)
+    return None if runtime() is None else CudaChannel(device)
 
 
 class ParallelSet(ShardSet):
@@ -158,6 +156,7 @@ class ParallelSet(ShardSet):
 
     def _fill_on(self, device: torch.device, targets: list[Target]) -> Iterator[Target]:
         ring = self._ring(device)
+        by_address = ring is not None or device.type == "cpu"
         limit = (self._tuning if ring is None else self._device_tuning).chunk
         chunks: list[Chunk] = []
         items: list[Item[Target]] = []
@@ -167,13 +166,13 @@ class ParallelSet(ShardSet):
                 item = Item(target.name, target.out.nbytes, result=target)
                 items.append(item)
                 if isinstance(shard, SafetensorsShard):
-                    pieces += _pieces(shard, target, item, limit)
+                    pieces += _pieces(shard, target, item, limit, by_address=by_address)
                 else:
                     item.begin = _reading(shard, target)
                     chunks.append(Chunk(shard.path, None, items=[item]))
             if pieces:
                 chunks += gather(self._storages[shard], pieces, limit, windowed=False)
-        if ring is None or any(chunk.storage is None for chunk in chunks):
+        if ring is None or any(chunk.storage is None for chunk in chunks):  # torch's files copy themselves
             yield from self._run(items, chunks)
             return
         transfer = Transfer(items, chunks, ring, self.count)
@@ -234,7 +233,9 @@ def _reading(shard: Shard, target: Target) -> Callable[[], None]:
     return lambda: shard.read_into(target.name, target.out, target.slices)
 
 
-def _pieces(shard: SafetensorsShard, target: Target, item: Item[Target], limit: int) -> Iterator[Piece]:
+def _pieces(
+    shard: SafetensorsShard, target: Target, item: Item[Target], limit: int, *, by_address: bool
+) -> Iterator[Piece]:
     meta, out = shard.metas[target.name], target.out
     if not item.size:
         return
@@ -244,7 +245,7 @@ def _pieces(shard: SafetensorsShard, target: Target, item: Item[Target], limit: 
         ranges = normalise(target.slices, meta.torch_shape)
         first, _, strides = selection(meta.torch_shape, ranges, out.element_size())
         begin, is_whole = begin + first, strides in ((), (1,))
-    if not is_whole or not out.is_contiguous() or out.device.type not in _ADDRESSED:
+    if not is_whole or not out.is_contiguous() or not by_address:
         rows = [1]
         for length in reversed(meta.torch_shape[1:]):
             rows.append(rows[-1] * length)
