@@ -249,7 +249,7 @@ def _pieces(
         rows = [1]
         for length in reversed(meta.torch_shape[1:]):
             rows.append(rows[-1] * length)
-        yield from boxes(item, begin, rows[::-1], integers(out), limit)
+        yield from boxes(item, begin, rows[::-1][: out.dim()], integers(out), limit)
         return
     item.address = out.data_ptr()
     yield from span(item, begin, item.size, limit)
