@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import weights_core as w
-from weights_core.cuda import CudaBacking
+from weights_core.backing import CudaBacking
 from weights_core.testing import FakeEngine, host_of, write_checkpoint
 from weights_core.testing.checkpoints import random_tensor
 from weights_core.testing.device import HostDevice, HostDriver
