@@ -417,7 +417,7 @@ def _place(row: Sequence[Any], sizes: Sequence[int]) -> Place:
     if type(name) is not str or dtype not in dtypes.BITS or len(shape) != len(strides):
         raise ValueError(f"{row[:2]!r} is no tensor")
     if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT:
-        raise ValueError(f"tensor {name!r} has a number that is no count: {row[2:]!r}")
+        raise ValueError(f"tensor {name!r} has a number that is not a count: {row[2:]!r}")
     span = 0
     if 0 not in shape:
         span = 1
