@@ -15,6 +15,7 @@ import torch
 import weights_core as w
 from weights_core.errors import ArenaError, IdentityMismatchError
 from weights_core.testing import write_checkpoint
+from weights_core.testing.waiting import until
 from weights_gms import client
 from weights_gms.holding import StaleWeights
 
@@ -153,13 +154,6 @@ def free():
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
-
-
-def until(done, seconds=20):
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.05)
 
 
 def test_one_copy_for_writer_and_readers(load, reader, tensors):

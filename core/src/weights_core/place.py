@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import stat
+import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,3 +89,36 @@ def check_socket(folder: int, name: str, owners: Collection[int]) -> None:
 def through(folder: int, name: str) -> str:
     """Return a short path that leads through the open folder."""
     return f"/proc/self/fd/{folder}/{name}"
+
+
+def connect(
+    path: str, *, owners: Collection[int], create: bool = False, timeout: float | None = None
+) -> socket.socket:
+    """Return a connection to a socket that can be trusted, and whose other end can.
+
+    Args:
+        path: the socket's.
+        owners: the users who may own the folder and the socket, and be at the other end.
+        create: make the folder if it isn't there.
+        timeout: seconds that the connection's calls wait; None for as long as it takes.
+
+    Raises:
+        PlaceError: it cannot be trusted.
+        OSError: nobody is there.
+    """
+    parent, name = os.path.split(path)
+    folder = open_folder(parent, owners=owners, create=create)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        check_socket(folder, name, owners)
+        sock.settimeout(timeout)
+        sock.connect(through(folder, name))
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in owners:
+            raise PlaceError(f"the other end of {path} is user {uid}'s: refused")
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(folder)

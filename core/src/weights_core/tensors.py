@@ -9,6 +9,10 @@ import mmap
 
 import torch
 
+from weights_core import dtypes
+from weights_core.errors import EngineError
+from weights_core.types import TensorMeta
+
 LARGE = 256 << 10
 """Bytes from which on `empty` maps memory for the tensor alone."""
 
@@ -19,6 +23,19 @@ HUGE = 4 << 20
 def nbytes(tensor: torch.Tensor) -> int:
     """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
+
+
+def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    """Return what is known of a tensor without its elements.
+
+    Raises:
+        EngineError: it has a dtype that no checkpoint can hold.
+    """
+    try:
+        dtype = dtypes.from_torch(tensor.dtype)
+    except KeyError:
+        raise EngineError(f"tensor {name!r} has dtype {tensor.dtype}, which no checkpoint can hold") from None
+    return TensorMeta(name, dtypes.stored_shape(dtype, tuple(tensor.shape)), dtype, nbytes(tensor))
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from weights_core import coverage, dtypes
 from weights_core.engine import Alloc, Engine
 from weights_core.errors import CoverageError, EngineError
-from weights_core.tensors import as_bytes, empty, nbytes
+from weights_core.tensors import as_bytes, empty, meta_of, nbytes
 from weights_core.types import Applied, EngineInfo, Layout, TensorMeta, Topology
 from weights_core.weightset import Target, WeightSet
 
@@ -110,7 +110,7 @@ class TorchEngine(Engine):
     def expected(self, layout: Layout) -> Mapping[str, TensorMeta]:
         """Return the state dict's entries; every layout has the same names and shapes here."""
         del layout
-        return {name: _meta_of(name, tensor) for name, tensor in _named_tensors(self.model).items()}
+        return {name: meta_of(name, tensor) for name, tensor in _named_tensors(self.model).items()}
 
     def apply(self, weights: WeightSet) -> Applied:
         """Write every tensor of the model from `weights`, and give meta parameters memory.
@@ -182,7 +182,7 @@ class TorchEngine(Engine):
         """Give each meta parameter memory from `alloc`, ties once; return the bytes."""
         tensors = _named_tensors(self.model)
         given = {
-            id(tensors[group[0]]): alloc(_meta_of(group[0], tensors[group[0]]))
+            id(tensors[group[0]]): alloc(meta_of(group[0], tensors[group[0]]))
             for group in _ties(tensors)
             if tensors[group[0]].is_meta
         }
@@ -242,7 +242,7 @@ class TorchEngine(Engine):
         missing = [group[0] for group in ties if not any(name in metas for name in group)]
         mismatched: dict[str, str] = {}
         for name in (n for n in tensors if n in metas):
-            have, need = metas[name], _meta_of(name, tensors[name])
+            have, need = metas[name], meta_of(name, tensors[name])
             if have.shape != need.shape:
                 mismatched[name] = f"checkpoint has shape {list(have.shape)}, model {list(need.shape)}"
             elif have.dtype != need.dtype and not (self._cast and may_cast and _castable(have, need)):
@@ -397,18 +397,8 @@ def _place_of(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
-    try:
-        dtype = dtypes.from_torch(tensor.dtype)
-    except KeyError:
-        raise EngineError(
-            f"tensor {name!r} of the model has dtype {tensor.dtype}, which no checkpoint can hold"
-        ) from None
-    return TensorMeta(name, dtypes.stored_shape(dtype, tuple(tensor.shape)), dtype, nbytes(tensor))
-
-
 def _common_dtype(model: nn.Module) -> str | None:
-    found = {_meta_of(n, p).dtype for n, p in model.named_parameters()}
+    found = {meta_of(n, p).dtype for n, p in model.named_parameters()}
     return found.pop() if len(found) == 1 else None
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from weights_core.errors import EngineError
+from weights_core.tensors import meta_of
 from weights_vllm import parameters
-from weights_vllm.parameters import SMALL, give_memory, has_memory, meta_of, move, without_memory
+from weights_vllm.parameters import SMALL, give_memory, has_memory, move, without_memory
 
 LARGE = SMALL // 4 + 1  # elements of float32
 

@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from weights_core.testing.waiting import running, until
 from weights_gms import client
 
 PEER = Path(__file__).parent / "peer.py"
@@ -107,22 +107,4 @@ def status(endpoint):
 
 def brokers_of(where):
     """Return the processes that are brokers of a socket."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                command = (folder / "cmdline").read_bytes()
-                if b"weights_gms.broker" in command and where.encode() in command:
-                    found.append(int(folder.name))
-    return found
-
-
-def until(done, seconds=20):
-    """Wait until `done()` is true; return it."""
-    end = time.monotonic() + seconds
-    while True:
-        found = done()
-        if found:
-            return found
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.01)
+    return running("weights_gms.broker", where)

@@ -12,11 +12,7 @@ from click.testing import CliRunner
 
 from weights_core.cli import main
 from weights_core.testing import write_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import until
-
-sys.path.pop(0)
+from weights_core.testing.waiting import until
 
 WEIGHTS = Path(sys.executable).parent / "weights"
 

@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weights_core import place, wire
+from weights_core.testing.waiting import until
 from weights_gms import broker, client
 from weights_gms.client import Endpoint, VaultError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import brokers_of, until
+from conftest import brokers_of
 
 sys.path.pop(0)
 

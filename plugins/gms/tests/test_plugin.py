@@ -30,13 +30,14 @@ from weights_core.errors import (
 )
 from weights_core.tensors import as_bytes
 from weights_core.testing import Group, every_dtype, host_of, random_tensor, write_checkpoint
+from weights_core.testing.waiting import until
 from weights_gms import client, owner
 from weights_gms.client import VaultError
 from weights_gms.holding import StaleWeights
 from weights_gms.plugin import GmsConfig, GmsPlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import brokers_of, until
+from conftest import brokers_of
 
 sys.path.pop(0)
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from weights_core.testing.waiting import until
 from weights_gms import client
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import brokers_of, until
+from conftest import brokers_of
 
 sys.path.pop(0)
 

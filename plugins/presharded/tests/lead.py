@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -73,17 +72,6 @@ class Lead:
         self._nursery.send(json.dumps({"reap": self.pid}).encode())
         self.ended = True
         return int(self._nursery.recv(32))
-
-
-def until(done, seconds=20):
-    """Wait until `done()` is true; return it."""
-    end = time.monotonic() + seconds
-    while True:
-        found = done()
-        if found:
-            return found
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lead import until
+from weights_core.testing.waiting import until
 
 
 def weights(*arguments, **environ):

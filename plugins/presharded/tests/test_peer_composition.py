@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One copy per node over a pull from another node, over a wrapper, over the disk: two nodes on one host."""
 
-import contextlib
 import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from lead import until
+
+from weights_core.testing.waiting import running, until
 
 FORMAT = ["gms", "presharded"]
 
@@ -43,14 +43,7 @@ def node(sockets, workers, tmp_path):
 
 
 def brokers_of(where):
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                command = (folder / "cmdline").read_bytes()
-                if b"weights_gms.broker" in command and str(where).encode() in command:
-                    found.append(int(folder.name))
-    return found
+    return running("weights_gms.broker", str(where))
 
 
 def entries(registry):

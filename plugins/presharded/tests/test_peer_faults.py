@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from lead import until
+
+from weights_core.testing.waiting import until
 
 DISK = "disk"
 PEER = "presharded"

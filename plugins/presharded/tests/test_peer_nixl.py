@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from lead import until
 
+from weights_core.testing.waiting import until
 from weights_presharded.peer import nixl
 from weights_presharded.peer.client import PeerError
 

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from lead import until
+
+from weights_core.testing.waiting import until
 
 
 def world(workers, count, tmp_path, name, checkpoint, **what):

@@ -10,7 +10,7 @@ import torch
 from weights_core import dtypes
 from weights_core.engine import Alloc, Engine
 from weights_core.errors import EngineError
-from weights_core.tensors import as_bytes, nbytes
+from weights_core.tensors import as_bytes, meta_of
 from weights_core.types import Applied, EngineInfo, Layout, TensorMeta, Topology
 from weights_core.weightset import Target, WeightSet
 
@@ -140,12 +140,6 @@ class FakeEngine(Engine):
     def _may_fail(self, method: str) -> None:
         if method in self._fail_at:
             raise EngineError(f"the fake engine was told to fail at {method}")
-
-
-def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
-    """Return the description of a tensor in memory."""
-    dtype = dtypes.from_torch(tensor.dtype)
-    return TensorMeta(name, dtypes.stored_shape(dtype, tuple(tensor.shape)), dtype, nbytes(tensor))
 
 
 def _blank(meta: TensorMeta) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from weights_core.engine import Alloc, Engine
 from weights_core.errors import CoverageError, EngineError
-from weights_core.testing.engines import meta_of
+from weights_core.tensors import meta_of
 from weights_core.types import Applied, EngineInfo, Layout, TensorMeta, Topology
 from weights_core.weightset import Slices, Target, WeightSet
 

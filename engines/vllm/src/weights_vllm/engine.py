@@ -13,9 +13,9 @@ from torch import nn
 from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage
 from weights_core.engine import Alloc
 from weights_core.errors import CoverageError, EngineError
-from weights_core.tensors import nbytes
+from weights_core.tensors import meta_of, nbytes
 from weights_core.weightset import Target
-from weights_vllm.parameters import give_memory, meta_of, move
+from weights_vllm.parameters import give_memory, move
 from weights_vllm.state import beside_tensors
 from weights_vllm.stream import consumed
 

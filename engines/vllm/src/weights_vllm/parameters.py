@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from weights_core import TensorMeta, dtypes
-from weights_core.errors import EngineError
-from weights_core.tensors import nbytes
+from weights_core import TensorMeta
+from weights_core.tensors import meta_of, nbytes
 
 SMALL = 1 << 20
 """Bytes up to which a parameter is made with its memory: it may hold a default that no file has."""
@@ -84,18 +83,3 @@ def move(parameters: Mapping[str, torch.Tensor], alloc: Callable[[TensorMeta], t
         parameter.data = data
         moved += meta.nbytes
     return moved
-
-
-def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
-    """Return what is known of a tensor without its elements.
-
-    Raises:
-        EngineError: it has a dtype that no set of weights can hold.
-    """
-    try:
-        dtype = dtypes.from_torch(tensor.dtype)
-    except KeyError:
-        raise EngineError(
-            f"tensor {name!r} has dtype {tensor.dtype}, which no set of weights can hold"
-        ) from None
-    return TensorMeta(name, dtypes.stored_shape(dtype, tuple(tensor.shape)), dtype, nbytes(tensor))

@@ -11,12 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from weights_core.testing import waiting
 from weights_gms import client
 
 HERE = Path(__file__).parent
@@ -203,22 +203,9 @@ def status(where):
 
 def brokers_of(where):
     """Return the processes that are brokers of a socket."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                command = (folder / "cmdline").read_bytes()
-                if b"weights_gms.broker" in command and where.encode() in command:
-                    found.append(int(folder.name))
-    return found
+    return waiting.running("weights_gms.broker", where)
 
 
 def until(done, seconds=180):
-    """Wait until `done()` is true; return it."""
-    end = time.monotonic() + seconds
-    while True:
-        found = done()
-        if found:
-            return found
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.05)
+    """Wait until `done()` is true; an engine takes its time to start."""
+    return waiting.until(done, seconds, pause=0.05)

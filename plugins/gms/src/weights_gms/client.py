@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ import attrs
 import weights_core
 from weights_core import place, wire
 from weights_core.errors import IdentityMismatchError, LoadError, PluginConfigError
+from weights_core.memory import sealed
 from weights_gms.broker import IDLE_SECONDS
 
 log = logging.getLogger("weights.gms")
@@ -268,7 +268,7 @@ def commit(grant: Grant, manifest: bytes, pieces: Sequence[Piece], held: Mapping
     """
     grant_is = {"slot": grant.reply["slot"], "number": grant.reply["number"]}
     what = {**held, **grant_is, "generation": uuid.uuid4().hex}
-    descriptor = _sealed(manifest)
+    descriptor = sealed(manifest, "weights-manifest")
     try:
         fds = [descriptor, *(piece.descriptor for piece in pieces)]
         if len(fds) > wire.MAX_FDS:
@@ -382,21 +382,7 @@ def _refusal(reply: Mapping[str, Any]) -> IdentityMismatchError | VaultError:
 
 
 def _connected(endpoint: Endpoint) -> socket.socket:
-    path, name = os.path.split(endpoint.socket)
-    folder = place.open_folder(path, owners=endpoint.owners, create=endpoint.start)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        place.check_socket(folder, name, endpoint.owners)
-        sock.connect(place.through(folder, name))
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid not in endpoint.owners:
-            raise place.PlaceError(f"the broker at {endpoint.socket} is user {uid}'s: refused")
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.close(folder)
+    return place.connect(endpoint.socket, owners=endpoint.owners, create=endpoint.start)
 
 
 @contextlib.contextmanager
@@ -484,19 +470,6 @@ def _reseed(
         for fd in came:
             os.close(fd)
         return sock, bool(reply["serving"])
-
-
-def _sealed(raw: bytes) -> int:
-    """Return a descriptor of sealed memory that holds `raw`."""
-    writable = os.memfd_create("weights-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        done = 0
-        while done < len(raw):
-            done += os.write(writable, raw[done:])
-        fcntl.fcntl(writable, 1033, 15)  # F_ADD_SEALS, all of them
-        return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(writable)
 
 
 def _hang_up(sock: socket.socket) -> None:

@@ -24,13 +24,12 @@ _HOST_TO_DEVICE = 1
 class CudaChannel:
     """A stream of one CUDA device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, library: ctypes.PyDLL) -> None:
+        """Prepare; `library` is the CUDA runtime, see `runtime`."""
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._handle: int = self._stream.cuda_stream
-        found = runtime()
-        assert found is not None
-        self._memcpy = found.cudaMemcpyAsync
+        self._memcpy = library.cudaMemcpyAsync
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """Return pinned memory, registered in huge pages: that takes a tenth of the time of allocating it.

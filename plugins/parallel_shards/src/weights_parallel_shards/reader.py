@@ -32,7 +32,8 @@ def channel_to(device: torch.device) -> Channel | None:
         return None
     from weights_parallel_shards.cuda import CudaChannel, runtime
 
-    return None if runtime() is None else CudaChannel(device)
+    library = runtime()
+    return None if library is None else CudaChannel(device, library)
 
 
 class ParallelSet(ShardSet):

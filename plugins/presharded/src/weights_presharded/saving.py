@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from weights_core import Layout, TensorMeta, dtypes
+from weights_core import Layout
 from weights_core.coverage import listed
 from weights_core.digest import check_form, write_content
-from weights_core.errors import CheckpointError, LoadError, PublishError
+from weights_core.errors import CheckpointError, EngineError, LoadError, PublishError
 from weights_presharded.manifest import (
     JOURNAL,
     MANIFEST,
@@ -159,8 +159,13 @@ def _write_rank(
     """Write one rank's files; return the digest of its manifest, and its bytes."""
     own = folder / rank_folder(rank, size)
     make_folder(own)
+    from weights_core.tensors import meta_of
+
     stored, ties = _untied(tensors)
-    metas = {name: _meta_of(name, tensor) for name, tensor in stored.items()}
+    try:
+        metas = {name: meta_of(name, tensor) for name, tensor in stored.items()}
+    except EngineError as exc:
+        raise PublishError(exc.brief) from exc
     planned = laid_out(metas.values(), max_file)
     digests = {}
     for plan in planned:
@@ -208,12 +213,3 @@ def _untied(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
             first[place] = name
             stored[name] = tensor
     return stored, ties
-
-
-def _meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
-    try:
-        dtype = dtypes.from_torch(tensor.dtype)
-    except KeyError:
-        raise PublishError(f"tensor {name!r} has dtype {tensor.dtype}, which no file can hold") from None
-    shape = dtypes.stored_shape(dtype, tuple(tensor.shape))
-    return TensorMeta(name, shape, dtype, tensor.numel() * tensor.element_size())

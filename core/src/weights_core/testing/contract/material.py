@@ -10,8 +10,8 @@ import torch
 
 from weights_core.errors import PublishError
 from weights_core.hookspecs import API_VERSION, hookimpl
+from weights_core.tensors import meta_of
 from weights_core.testing.checkpoints import random_tensor
-from weights_core.testing.engines import meta_of
 from weights_core.types import FormatClaim, Layout, LoadRequest, Role, TensorMeta
 from weights_core.weightset import Slices, Target, WeightSet
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 import time
 from collections.abc import Mapping
 from typing import Any, Self
@@ -133,7 +132,7 @@ def ask(
 def _connected(entry: Entry, transport: str, owners: frozenset[int], stall: float) -> socket.socket:
     try:
         if transport == "local" or (entry.address is None and entry.is_here):
-            return _connected_here(entry.socket, owners, stall)
+            return place.connect(entry.socket, owners=owners, timeout=stall)
         if entry.address is None:
             raise PeerError("does not listen for other hosts")
         host, _, port = entry.address.rpartition(":")
@@ -144,25 +143,6 @@ def _connected(entry: Entry, transport: str, owners: frozenset[int], stall: floa
         raise PeerError(f"cannot be reached: {exc}") from exc
     except place.PlaceError as exc:
         raise PeerError(str(exc)) from exc
-
-
-def _connected_here(path: str, owners: frozenset[int], stall: float) -> socket.socket:
-    folder_path, name = os.path.split(path)
-    folder = place.open_folder(folder_path, owners=owners)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        place.check_socket(folder, name, owners)
-        sock.settimeout(stall)
-        sock.connect(place.through(folder, name))
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid not in owners:
-            raise place.PlaceError(f"is user {uid}'s: refused")
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.close(folder)
 
 
 def _exchange(

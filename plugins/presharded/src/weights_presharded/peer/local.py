@@ -19,11 +19,11 @@ from weights_core import coverage
 from weights_core.arena import Segment
 from weights_core.backing import Backing, HostBacking, backing_of
 from weights_core.errors import ArenaError
+from weights_core.memory import sealed
 from weights_core.wire import MAX_FDS
 from weights_presharded.peer import hashing
 from weights_presharded.peer.client import Connection, PeerError
 from weights_presharded.peer.copying import Check, Copy, Pool, Pulse, checks
-from weights_presharded.peer.offer import sealed
 from weights_presharded.peer.transport import Fetch, Grantor, Transport
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class LocalGrantor(Grantor):
         if len(offer.segments) >= MAX_FDS:
             raise ArenaError(f"{len(offer.segments)} segments; at most {MAX_FDS - 1} can be handed over")
         if self._described is None:
-            self._described = sealed(offer.described())
+            self._described = sealed(offer.described(), "weights-offer")
         told = {"memory": offer.memory, "device": offer.device}
         return told, [self._described, *(segment.descriptor for segment in offer.segments)]
 

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -152,19 +150,6 @@ def segment_sums(manifest: Manifest, segments: Sequence[Segment]) -> list[list[i
         for segment, size in zip(segments, manifest.sizes, strict=True)
     ]
     return [sums.tolist() for sums in made]
-
-
-def sealed(raw: bytes) -> int:
-    """Return a descriptor of memory that holds `raw` and can never be changed."""
-    writable = os.memfd_create("weights-offer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        done = 0
-        while done < len(raw):
-            done += os.write(writable, raw[done:])
-        fcntl.fcntl(writable, _ADD_SEALS, _ALL_SEALS)
-        return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(writable)
 
 
 def read_described(raw: bytes) -> tuple[Manifest, list[list[int]]]:
