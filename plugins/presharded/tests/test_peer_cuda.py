@@ -12,7 +12,7 @@ from weights_core.backing import CudaBacking
 from weights_core.testing import FakeEngine, host_of, write_checkpoint
 from weights_core.testing.checkpoints import random_tensor
 from weights_core.testing.device import HostDevice, HostDriver
-from weights_presharded.peer import hashing, landing, local, offer, target
+from weights_presharded.peer import devices, hashing, landing, local, offer, target
 from weights_presharded.plugin import PreshardedPlugin
 
 
@@ -53,9 +53,9 @@ def load(driver, tmp_path, monkeypatch):
     for module in (offer, target):
         monkeypatch.setattr(module, "backing_for", backing)
     monkeypatch.setattr(local, "backing_of", backing)
-    monkeypatch.setattr(local, "CHUNK", 1 << 17)
+    monkeypatch.setattr(devices, "CHUNK", 1 << 17)
     monkeypatch.setattr(hashing, "BLOCK", 1 << 16)
-    monkeypatch.setattr(landing, "_plain", lambda device: lambda n: torch.empty(n, dtype=torch.uint8))
+    monkeypatch.setattr(landing, "plain", lambda device: lambda n: torch.empty(n, dtype=torch.uint8))
     given = tensors()
     path = write_checkpoint(tmp_path / "ckpt", given)
     loaded = []  # an engine that is dropped ends its lease

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ALGORITHM = "xxh3_128"
 BLOCK = 32 << 20
 """Bytes of a device's segment that one sum is over; fits a device's cache."""
+_AT_ONCE = 8
+"""Blocks whose products are in memory at a time."""
 _PIECE = 1 << 20
 _GOLDEN, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
 
@@ -80,9 +82,9 @@ def block_sums(flat: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
     words = flat.view(torch.int64)
     step = factors.numel()
-    return torch.stack(
-        [
-            torch.sum(words[start : start + step] * factors[: min(step, words.numel() - start)])
-            for start in range(0, words.numel(), step)
-        ]
-    )
+    whole = words[: words.numel() // step * step].view(-1, step)
+    sums = [torch.sum(some * factors, dim=1) for some in torch.split(whole, _AT_ONCE)]
+    rest = words[whole.numel() :]
+    if rest.numel():
+        sums.append(torch.sum(rest * factors[: rest.numel()], dim=0, keepdim=True))
+    return torch.cat(sums) if sums else words[:0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from weights_core import dtypes
-from weights_core.arena import ArenaWriter, Manifest, Place
+from weights_core.arena import ALIGNMENT, ArenaWriter, Manifest, Place
 from weights_core.tensors import allocate
 from weights_core.types import TensorMeta
 
@@ -51,7 +51,8 @@ Key = tuple[int, int, int]
 class Landing:
     """Where everything goes: every place's bytes are in `flats`, which are parts of the runs.
 
-    `writer` holds the memory if it is such as can be served from again. `whole`: each run is a segment.
+    `writer` holds the memory if it is such as can be served from again. `whole`: each run is all that is used
+    of a segment.
     """
 
     runs: Sequence[Run]
@@ -86,6 +87,15 @@ def ranges(manifest: Manifest) -> list[tuple[int, int, int]]:
     return found
 
 
+def extents(manifest: Manifest) -> list[int]:
+    """Return how many bytes of each segment are used, counted in whole regions."""
+    ends = [0] * len(manifest.sizes)
+    for place in manifest.places.values():
+        ends[place.segment] = max(ends[place.segment], place.offset + place.span)
+    rounded = (-(-end // ALIGNMENT) * ALIGNMENT for end in ends)
+    return [min(size, end) for size, end in zip(manifest.sizes, rounded, strict=True)]
+
+
 def in_own_memory(
     manifest: Manifest, writer: ArenaWriter | None, device: str, *, whole_segments: bool
 ) -> Landing:
@@ -95,13 +105,14 @@ def in_own_memory(
         manifest: the source's.
         writer: where to take it from, so that it can be served from again; else it is plain memory.
         device: where plain memory is to be.
-        whole_segments: take each segment as one piece, to be copied at once.
+        whole_segments: take what is used of each segment as one piece, to be copied at once.
 
     Raises:
         ArenaError: there is none.
     """
-    take = _from_writer(writer) if writer is not None else _plain(device)
-    wanted = [(i, 0, size) for i, size in enumerate(manifest.sizes)] if whole_segments else ranges(manifest)
+    take = _from_writer(writer) if writer is not None else plain(device)
+    used = [(i, 0, size) for i, size in enumerate(extents(manifest)) if size]
+    wanted = used if whole_segments else ranges(manifest)
     runs = [Run(segment, start, take(end - start)) for segment, start, end in wanted]
     empty = take(0)
     flats, tensors = {}, {}
@@ -161,7 +172,8 @@ def _from_writer(writer: ArenaWriter) -> Callable[[int], torch.Tensor]:
     return lambda nbytes: writer.alloc(TensorMeta("", (nbytes,), "U8", nbytes))
 
 
-def _plain(device: str) -> Callable[[int], torch.Tensor]:
+def plain(device: str) -> Callable[[int], torch.Tensor]:
+    """Return what takes memory that is nobody's yet, flat, of type uint8."""
     if device.partition(":")[0] == "cpu":
         return allocate
     import torch

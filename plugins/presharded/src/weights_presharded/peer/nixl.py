@@ -22,16 +22,20 @@ from weights_core.errors import ExtraNotInstalledError
 from weights_presharded.peer import hashing
 from weights_presharded.peer.client import Connection, PeerError
 from weights_presharded.peer.copying import Pool, Pulse, checks
-from weights_presharded.peer.local import compare_sums
+from weights_presharded.peer.devices import compare
 from weights_presharded.peer.transport import Fetch, Grantor, Transport
 
 if TYPE_CHECKING:
     from weights_presharded.peer.offer import Offer
 
 PIECE = 64 << 20
-"""Bytes of one read."""
+"""Bytes of a first read; those after one that took less than _QUICK seconds are twice as large."""
+LARGEST = 8 << 30
+"""A read, between devices of one host; what a network takes longer for is never read at once."""
 READS = 4
 """At a time."""
+_PIECES = 4096
+_QUICK = 0.1
 _POLL = 0.0002
 _IB = Path("/sys/class/infiniband")
 
@@ -223,33 +227,35 @@ def _read(
         for run, (address, nbytes, device) in zip(fetch.landing.runs, ours, strict=True)
         for start in range(0, nbytes, PIECE)
     ]
-    due = deque(_batches(pieces))
+    due = deque(pieces)
     pulse = Pulse(fetch.connection.alive)
-    running: list[Any] = []
-    heard = time.monotonic()
+    running: list[tuple[Any, float]] = []
+    at_once, heard = PIECE, time.monotonic()
     try:
         while due or running:
             with agent.told("the read failed"):
                 while due and len(running) < READS:
-                    mine, theirs = zip(*due.popleft(), strict=True)
+                    mine, theirs = zip(*_take(due, at_once), strict=True)
                     handle = agent.agent.initialize_xfer(
                         "READ",
                         agent.agent.get_xfer_descs(list(mine), kinds[0]),
                         agent.agent.get_xfer_descs(list(theirs), kinds[1]),
                         agent.peer,
                     )
-                    running.append(handle)
+                    running.append((handle, time.monotonic()))
                     agent.agent.transfer(handle)
                 still = []
-                for handle in running:
+                for handle, begun in running:
                     state = agent.agent.check_xfer_state(handle)
                     if state == "ERR":
                         raise PeerError("the read failed")
                     if state == "DONE":
                         agent.agent.release_xfer_handle(handle)
                         heard = time.monotonic()
+                        if heard - begun < _QUICK:
+                            at_once = min(LARGEST, 2 * at_once)
                     else:
-                        still.append(handle)
+                        still.append((handle, begun))
                 ended, running = len(still) < len(running), still
             if not ended:
                 if time.monotonic() - heard > fetch.stall:
@@ -258,21 +264,17 @@ def _read(
             pulse()
     finally:
         with contextlib.suppress(*agent.faults):
-            for handle in running:
+            for handle, _ in running:
                 agent.agent.release_xfer_handle(handle)
 
 
-def _batches(pieces: Sequence[tuple[Region, Region]]) -> list[list[tuple[Region, Region]]]:
-    """Put small pieces together into reads of about PIECE bytes."""
-    batches: list[list[tuple[Region, Region]]] = []
-    room = 0
-    for piece in pieces:
-        if piece[0][1] > room or len(batches[-1]) >= 4096:
-            batches.append([])
-            room = PIECE
-        batches[-1].append(piece)
-        room -= piece[0][1]
-    return batches
+def _take(due: deque[tuple[Region, Region]], nbytes: int) -> list[tuple[Region, Region]]:
+    """Take the next pieces, of about so many bytes."""
+    taken: list[tuple[Region, Region]] = []
+    while due and len(taken) < _PIECES and (not taken or due[0][0][1] <= nbytes):
+        taken.append(due.popleft())
+        nbytes -= taken[-1][0][1]
+    return taken
 
 
 def _verify(fetch: Fetch, on_device: bool) -> None:
@@ -284,7 +286,7 @@ def _verify(fetch: Fetch, on_device: bool) -> None:
     if fetch.sums:
         factors = hashing.multipliers(fetch.landing.runs[0].out.device)
         for run in fetch.landing.runs:
-            compare_sums(fetch, run.segment, hashing.block_sums(run.out, factors).tolist())
+            compare(fetch, run.segment, hashing.block_sums(run.out, factors).tolist())
         return
     held: list[Any] = []  # of a host's memory, so digests are what there is
 

@@ -14,6 +14,8 @@ from weights_core.arena import ArenaWriter, Manifest, Segment, Shared, padded
 from weights_core.backing import Backing, HostBacking, backing_for
 from weights_core.errors import PublishError
 from weights_presharded.peer import hashing
+from weights_presharded.peer.landing import extents
+from weights_presharded.peer.ordinary import memory_to_serve
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +58,13 @@ class Offer:
 
 
 def make_offer(
-    engine: Engine, serving: Serving, writer: ArenaWriter | None, *, expected_bytes: int, threads: int
+    engine: Engine,
+    serving: Serving,
+    writer: ArenaWriter | None,
+    *,
+    expected_bytes: int,
+    threads: int,
+    transport: str = "auto",
 ) -> Offer:
     """Bring an engine's tensors to where they can be served from, unless they are there.
 
@@ -69,15 +77,16 @@ def make_offer(
         writer: memory that was filled from a peer, if it was.
         expected_bytes: bytes of the tensors, about.
         threads: how many hash at a time.
+        transport: by which it is served, or `auto`.
 
     Raises:
         PublishError, ArenaError: they can't be served; says why.
     """
     layout = serving.layout
     tensors = _complete(engine, layout)
-    live: Backing = backing_for(engine.info)
-    copied = serving.how == "snapshot" and live.kind != "host"
-    backing = HostBacking() if copied else live
+    home = memory_to_serve(backing_for(engine.info), transport, engine.info.device)
+    copied = serving.how == "snapshot" and home.kind != "host"
+    backing = HostBacking() if copied else home
     if writer is None or copied:
         shared = [] if copied else _shared_already(tensors, layout)
         writer = new_writer(backing, expected_bytes, shared)
@@ -142,12 +151,12 @@ def room_for(engine: Engine, layout: Layout) -> int:
 
 
 def segment_sums(manifest: Manifest, segments: Sequence[Segment]) -> list[list[int]]:
-    """Return the sums of each segment's blocks."""
+    """Return the sums of the blocks of what is used of each segment."""
     device = segments[0].tensor(0, 1).device
     factors = hashing.multipliers(device)
     made = [
-        hashing.block_sums(segment.tensor(0, size), factors)
-        for segment, size in zip(segments, manifest.sizes, strict=True)
+        hashing.block_sums(segment.tensor(0, used), factors)
+        for segment, used in zip(segments, extents(manifest), strict=True)
     ]
     return [sums.tolist() for sums in made]
 

@@ -56,7 +56,12 @@ def publish(
     digest, found = _digest(config, request)
     identity = Identity.of(request.engine, digest, serving.layout)
     offer = make_offer(
-        engine, serving, writer, expected_bytes=room_for(engine, serving.layout), threads=threads_of(config)
+        engine,
+        serving,
+        writer,
+        expected_bytes=room_for(engine, serving.layout),
+        threads=threads_of(config),
+        transport=config.transport,
     )
     try:
         server = _serve(config, identity, offer)
@@ -105,7 +110,9 @@ def _serve(config: PreshardedConfig, identity: Identity, offer: Offer) -> Server
         beat=config.beat,
         limit=config.limit,
     )
-    grantors: dict[str, Grantor] = {"local": LocalGrantor()}
+    grantors: dict[str, Grantor] = {}
+    if config.transport != "nixl" or offer.memory == "host":
+        grantors["local"] = LocalGrantor()
     listen = listening(config)
     if listen is not None or config.transport == "nixl":
         from weights_presharded.peer.nixl import NixlGrantor

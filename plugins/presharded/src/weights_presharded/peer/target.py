@@ -22,6 +22,7 @@ from weights_presharded.peer.client import BusyError, Connection, GoneError, Pee
 from weights_presharded.peer.entry import Entry
 from weights_presharded.peer.landing import Landing, has_memory, in_own_memory, in_parameters
 from weights_presharded.peer.offer import new_writer, read_described
+from weights_presharded.peer.ordinary import memory_to_serve
 from weights_presharded.peer.places import (
     local_folder,
     open_registry,
@@ -276,7 +277,7 @@ class Target:
             return in_parameters(manifest, self._engine)
         whole = connection.told.get("memory") != "host" or transport.name != "local"
         nbytes = manifest.nbytes
-        backing = backing_for(self._request.engine)
+        backing = memory_to_serve(backing_for(self._request.engine), self._config.transport, device)
         backing.check_room(nbytes)
         writer: ArenaWriter | None = new_writer(backing, nbytes) if self._serves_on else None
         return in_own_memory(manifest, writer, device, whole_segments=whole)
