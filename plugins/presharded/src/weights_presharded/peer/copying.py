@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ import attrs
 
 from weights_core.arena import Manifest
 from weights_presharded.peer.client import PeerError
-from weights_presharded.peer.hashing import Hasher
+from weights_presharded.peer.hashing import Hasher, batched
 
 PIECE = 1 << 20
 """Bytes copied at a time where they are hashed too: a core's cache holds them."""
@@ -55,8 +56,8 @@ class Pool:
         Raises:
             PeerError: a tensor's digest is another; names it.
         """
-        jobs = sorted(_split(copies), key=lambda copy: copy.nbytes, reverse=True)
-        self._each(_batched(jobs), self._copy_all, pulse)
+        jobs = batched(sorted(_split(copies), key=_nbytes, reverse=True), _nbytes)
+        self._each(jobs, self._copy_all, pulse)
 
     def verify(self, checks: Iterable[Check], pulse: Callable[[], None]) -> None:
         """Check bytes that are here already.
@@ -64,8 +65,8 @@ class Pool:
         Raises:
             PeerError: as `copy`.
         """
-        jobs = sorted(checks, key=lambda check: check.nbytes, reverse=True)
-        self._each([[job] for job in jobs], self._verify_all, pulse)
+        jobs = batched(sorted(checks, key=_nbytes, reverse=True), _nbytes)
+        self._each(jobs, self._verify_all, pulse)
 
     def _each(
         self, jobs: Sequence[Sequence[object]], do: Callable[..., None], pulse: Callable[[], None]
@@ -167,14 +168,4 @@ def _split(copies: Iterable[Copy]) -> Iterable[Copy]:
             yield Copy(copy.source + start, copy.out + start, min(SPLIT, copy.nbytes - start))
 
 
-def _batched(copies: Sequence[Copy]) -> list[list[Copy]]:
-    """Put small ones together, so that a thread is not asked for every kilobyte."""
-    batches: list[list[Copy]] = []
-    room = 0
-    for copy in copies:
-        if copy.nbytes > room:
-            batches.append([])
-            room = PIECE * 4
-        batches[-1].append(copy)
-        room -= copy.nbytes
-    return batches
+_nbytes: Callable[[Copy | Check], int] = operator.attrgetter("nbytes")

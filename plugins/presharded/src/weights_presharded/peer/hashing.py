@@ -7,14 +7,16 @@ Both guard against faults, not against whoever wants to forge them: who may offe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import xxhash
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 ALGORITHM = "xxh3_128"
 BLOCK = 32 << 20
@@ -22,6 +24,7 @@ BLOCK = 32 << 20
 _AT_ONCE = 8
 """Blocks whose products are in memory at a time."""
 _PIECE = 1 << 20
+_BATCH = 4 << 20
 _GOLDEN, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
 
 
@@ -53,9 +56,29 @@ def digest(address: int, nbytes: int) -> str:
 def digests(ranges: Sequence[tuple[int, int]], threads: int) -> list[str]:
     """Return the digest of each (address, bytes)."""
     order = sorted(range(len(ranges)), key=lambda i: ranges[i][1], reverse=True)  # the largest first
+    found: dict[int, str] = {}
+
+    def hash_all(batch: Sequence[int]) -> None:
+        for index in batch:
+            found[index] = digest(*ranges[index])
+
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="weights-hash") as pool:
-        found = dict(zip(order, pool.map(lambda i: digest(*ranges[i]), order), strict=True))
-    return [found[i] for i in range(len(ranges))]
+        for _ in pool.map(hash_all, batched(order, lambda index: ranges[index][1])):
+            pass
+    return [found[index] for index in range(len(ranges))]
+
+
+def batched(items: Iterable[T], nbytes: Callable[[T], int]) -> list[list[T]]:
+    """Put small ones that follow one another together, so that a thread is not asked for every kilobyte."""
+    batches: list[list[T]] = []
+    room = 0
+    for item in items:
+        if not batches or nbytes(item) > room:
+            batches.append([])
+            room = _BATCH
+        batches[-1].append(item)
+        room -= nbytes(item)
+    return batches
 
 
 def multipliers(device: torch.device | str) -> torch.Tensor:
