@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights shared between processes on one GPU: one copy, read-only, alive as long as somebody reads."""
 
-import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from stack import MIB, SIZE, WIDTH, Stack, free, meta, right, started, total, written
 
 import weights_core as w
 from weights_core.errors import ArenaError, IdentityMismatchError
@@ -21,37 +19,12 @@ from weights_gms.holding import StaleWeights
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings: pip install weights-gms[cuda]")
 pytestmark = pytest.mark.gpu
-LAYERS, WIDTH = 64, 4096  # 2.1 GB of bf16
-SIZE = LAYERS * WIDTH * WIDTH * 2
-MIB = 1 << 20
-
-MODEL = f"""
-import torch
-from torch import nn
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        make = {{"bias": False, "dtype": torch.bfloat16}}
-        self.layers = nn.ModuleList(nn.Linear({WIDTH}, {WIDTH}, **make) for _ in range({LAYERS}))
-        self.head = nn.Linear({WIDTH}, {WIDTH}, **make)
-        self.head.weight = self.layers[0].weight
-
-    def forward(self, x):
-        for layer in self.layers[:4]:
-            x = layer(x)
-        return self.head(x)
-
-def meta():
-    with torch.device("meta"):
-        return Model()
-"""
-READER = (
-    MODEL
-    + """
+READER = """
 import json, os, sys, time
 from pathlib import Path
+import torch
 import weights_core as w
+from stack import meta, total
 from weights_core.checkpoint import find
 from weights_core.digest import content_digest
 content_digest(find(Path(sys.argv[1])))
@@ -64,9 +37,9 @@ report = w.load(w.TorchEngine(model, device="cuda"), sys.argv[1], "gms", config)
 torch.cuda.synchronize()
 seconds = time.perf_counter() - start
 used = before - torch.cuda.mem_get_info()[0]
-total = sum(int(p.view(torch.int16).sum(dtype=torch.int64)) for p in model.parameters())
-print(json.dumps({"seconds": seconds, "used": used, "total": total, "notes": list(report.notes),
-                  "tied": model.head.weight is model.layers[0].weight}), flush=True)
+print(json.dumps({"seconds": seconds, "used": used, "total": total(model.parameters()),
+                  "notes": list(report.notes), "tied": model.head.weight is model.layers[0].weight}),
+      flush=True)
 for line in sys.stdin:
     if line.strip() == "write":
         try:
@@ -77,24 +50,21 @@ for line in sys.stdin:
             print(json.dumps(f"trapped: {error}"[:60]), flush=True)
             os._exit(1)
 """
-)
-made: dict = {}
-exec(MODEL, made)
-Model, meta = made["Model"], made["meta"]
 
 
 @pytest.fixture(scope="module")
-def tensors():
-    torch.manual_seed(0)
-    shape = (WIDTH, WIDTH)
-    return {f"layers.{i}.weight": torch.randn(shape, dtype=torch.bfloat16) for i in range(LAYERS)}
+def checkpoint(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("ckpt"))
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory, tensors):
-    made = write_checkpoint(tmp_path_factory.mktemp("ckpt"), tensors, shards=4)
-    time.sleep(0.2)
-    return made
+def tensors(checkpoint):
+    return checkpoint[0]
+
+
+@pytest.fixture(scope="module")
+def path(checkpoint):
+    return checkpoint[1]
 
 
 @pytest.fixture
@@ -119,16 +89,12 @@ def load(path, where):
 
 
 @pytest.fixture
-def reader(path, where, tmp_path):
+def reader(path, where):
     """Start processes that read; each says what it found."""
-    script = tmp_path / "reader.py"
-    script.write_text(READER)
     running = []
 
     def start():
-        process = subprocess.Popen(
-            [sys.executable, script, path, where], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        process = started(READER, path, where)
         running.append(process)
         return process, json.loads(process.stdout.readline())
 
@@ -138,22 +104,11 @@ def reader(path, where, tmp_path):
         process.wait()
 
 
-def right(model, tensors):
-    return all(torch.equal(model.get_parameter(name).cpu(), t) for name, t in tensors.items())
-
-
 @pytest.fixture(autouse=True, scope="module")
 def loaded_before(path, tmp_path_factory):
     """The first load of a process also loads kernels, which stay on the device."""
     where = str(tmp_path_factory.mktemp("first") / "broker.sock")
     w.load(w.TorchEngine(meta(), device="cuda"), path, "gms", {"gms": {"socket_path": where}}).lease.close()
-
-
-def free():
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
 
 
 def test_one_copy_for_writer_and_readers(load, reader, tensors):
@@ -166,11 +121,10 @@ def test_one_copy_for_writer_and_readers(load, reader, tensors):
     assert right(model, tensors)
     assert model.head.weight is model.layers[0].weight
     assert before - free() < SIZE + (1 << 30) + 64 * MIB
-    expected = sum(int(t.view(torch.int16).sum(dtype=torch.int64)) for t in tensors.values())
     for _ in range(2):
         _, told = reader()
         print(f"reader: {told['seconds'] * 1e3:.1f} ms, {told['used'] / MIB:.1f} MiB beyond its context")
-        assert told["total"] == expected
+        assert told["total"] == total(tensors.values())
         assert told["tied"]
         assert told["used"] < 64 * MIB
         assert "read slot" in " ".join(told["notes"])
@@ -178,7 +132,7 @@ def test_one_copy_for_writer_and_readers(load, reader, tensors):
 
 def test_a_model_with_memory_is_moved_by_arenas(load, tensors):
     before = free()
-    model = Model().cuda()
+    model = Stack().cuda()
     lowest = []
     create = torch.cuda.empty_cache
 
