@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -204,7 +205,7 @@ def on_host(gib: float) -> None:
     with tempfile.TemporaryDirectory() as folder, source(folder, "even", gib, "cpu", "nixl"):
         for _ in range(RUNS):
             results["nixl"].append(pull(engine, folder, transport="nixl", verify=False)[1])
-    rates = {name: total / min(spent) / 1e9 for name, spent in results.items()}
+    rates = {name: total / statistics.median(spent) / 1e9 for name, spent in results.items()}
     for name, rate in rates.items():
         print(f"  {name:<20}{rate:8.2f} GB/s")
     best = max(rates["memcpy, one thread"], rates["memcpy, all"])
@@ -222,6 +223,8 @@ def timed(step: Callable[[], object]) -> float:
 
 def on_devices(gib: float) -> None:
     """Compare between two devices, in one process each."""
+    single = one_buffer(int(gib * (1 << 30)))
+    print(f"nixl, one buffer of {gib:g} GiB: {single:.1f} GB/s")
     for mix in ("llama", "experts"):
         sizes = MIXES[mix](int(gib * (1 << 30)))
         total = sum(sizes)
@@ -238,32 +241,38 @@ def on_devices(gib: float) -> None:
                 for verify in (False, True):
                     received = 0
                     spent, whole = [], []
-                    for _ in range(3):
+                    for _ in range(RUNS):
                         engine = Flat(sizes, "cuda:1", fill=False, meta=True)
                         all_of_it, alone, received = pull(engine, folder, transport=transport, verify=verify)
                         spent.append(alone)
                         whole.append(all_of_it)
                         del engine
                         torch.cuda.empty_cache()
-                    rates[name, verify] = total / min(spent) / 1e9
+                    rates[name, verify] = total / statistics.median(spent) / 1e9
                     told_as = "verified" if verify else "transfer alone"
                     print(
                         f"  {name}, {told_as:<15}{rates[name, verify]:8.1f} GB/s; from asking to ready "
-                        f"{min(whole):.3f} s, {total / min(whole) / 1e9:.1f} GB/s; "
-                        f"received {received / total:.4f}"
+                        f"{statistics.median(whole):.3f} s; received {received / total:.4f}; each transfer "
+                        f"{', '.join(f'{total / one / 1e9:.0f}' for one in spent)}"
                     )
-        with tempfile.TemporaryDirectory() as folder, source(folder, "one", gib, "cuda:0", "nixl"):
-            spent = [
-                pull(Flat(one(int(gib * (1 << 30))), "cuda:1", fill=False, meta=True), folder,
-                     transport="nixl", verify=False)[1]
-                for _ in range(3)
-            ]  # fmt: skip
-            rates["one", False] = sum(one(int(gib * (1 << 30)))) / min(spent) / 1e9
         print(
             f"{mix}: local / raw {rates['local', False] / raw:.3f} (bar 0.9), nixl / its one buffer "
-            f"{rates['nixl', False] / rates['one', False]:.3f} (bar 0.95), verification costs "
+            f"{rates['nixl', False] / single:.3f} (bar 0.95), verification costs "
             f"{rates['local', False] / rates['local', True] - 1:.1%} (bar 10 %)"
         )
+
+
+def one_buffer(nbytes: int) -> float:
+    """Return GB/s of NIXL for one tensor."""
+    gib = nbytes / (1 << 30)
+    with tempfile.TemporaryDirectory() as folder, source(folder, "one", gib, "cuda:0", "nixl"):
+        spent = []
+        for _ in range(RUNS):
+            engine = Flat(one(nbytes), "cuda:1", fill=False, meta=True)
+            spent.append(pull(engine, folder, transport="nixl", verify=False)[1])
+            del engine
+            torch.cuda.empty_cache()
+    return nbytes / statistics.median(spent) / 1e9
 
 
 def one(total: int) -> list[int]:

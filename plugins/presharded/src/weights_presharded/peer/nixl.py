@@ -13,10 +13,12 @@ import importlib
 import os
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from weights_core.errors import ExtraNotInstalledError
 from weights_presharded.peer import hashing
@@ -26,6 +28,8 @@ from weights_presharded.peer.devices import compare
 from weights_presharded.peer.transport import Fetch, Grantor, Transport
 
 if TYPE_CHECKING:
+    import torch
+
     from weights_presharded.peer.offer import Offer
 
 PIECE = 64 << 20
@@ -66,6 +70,7 @@ class Agent:
             *(v for v in vars(bindings).values() if isinstance(v, type) and issubclass(v, Exception)),
         )
         self._registered: Any = None
+        self._devices = sorted({device for _, _, device in regions}) if kind == "VRAM" else []
         self.peer = ""
         with self.told("NIXL cannot start"):
             self.agent: Any = api.nixl_agent(f"weights-{uuid.uuid4().hex}", api.nixl_agent_config())
@@ -88,7 +93,9 @@ class Agent:
         return found
 
     def close(self) -> None:
-        """Forget the peer and the memory."""
+        """Forget the peer and the memory, once the devices do nothing more: UCX has calls queued there."""
+        for device in self._devices:
+            _wait_for(device)
         with contextlib.suppress(*self.faults):
             if self.peer:
                 self.agent.remove_remote_agent(self.peer)
@@ -168,10 +175,14 @@ class NixlTransport(Transport):
                 if isinstance(agent.peer, bytes):
                     agent.peer = agent.peer.decode()
             self.wrote = True
-            _read(agent, fetch, regions, ours, (kind, str(told.get("kind"))))
+            summing = _Summing(fetch) if fetch.verify and on_device and fetch.sums else None
+            come = (lambda _: None) if summing is None else summing.add
+            _read(agent, fetch, _pieces(fetch, regions, ours), (kind, str(told.get("kind"))), come)
         finally:
             agent.close()
-        if fetch.verify:
+        if summing is not None:
+            summing.compare()
+        elif fetch.verify:
             _verify(fetch, on_device)
 
 
@@ -207,45 +218,62 @@ def _regions(given: object, fetch: Fetch) -> dict[int, Region]:
     return regions
 
 
+@attrs.frozen
+class _Piece:
+    """Bytes of a run: where they go, and where they lie at the source."""
+
+    run: int
+    ours: Region
+    theirs: Region
+
+    @property
+    def nbytes(self) -> int:
+        return self.ours[1]
+
+
+def _pieces(fetch: Fetch, regions: Mapping[int, Region], ours: Sequence[Region]) -> Iterator[_Piece]:
+    """Cut every run into pieces of at most PIECE bytes."""
+    for index, (run, (address, nbytes, device)) in enumerate(zip(fetch.landing.runs, ours, strict=True)):
+        base, _, their_device = regions[run.segment]
+        for start in range(0, nbytes, PIECE):
+            size = min(PIECE, nbytes - start)
+            yield _Piece(
+                index, (address + start, size, device), (base + run.start + start, size, their_device)
+            )
+
+
 def _read(
     agent: Agent,
     fetch: Fetch,
-    regions: dict[int, Region],
-    ours: Sequence[Region],
+    pieces: Iterable[_Piece],
     kinds: tuple[str, str],
+    come: Callable[[int], None],
 ) -> None:
-    """Have READS reads on their way until all is here; give up when none ends for `stall` seconds."""
-    pieces = [
-        (
-            (address + start, min(PIECE, nbytes - start), device),
-            (
-                regions[run.segment][0] + run.start + start,
-                min(PIECE, nbytes - start),
-                regions[run.segment][2],
-            ),
-        )
-        for run, (address, nbytes, device) in zip(fetch.landing.runs, ours, strict=True)
-        for start in range(0, nbytes, PIECE)
-    ]
+    """Have READS reads on their way until all is here, and tell `come` of each run that is.
+
+    Raises:
+        PeerError: NIXL tells of a failure, none has ended for `stall` seconds, or the source has gone.
+    """
     due = deque(pieces)
+    left = Counter(piece.run for piece in due)
     pulse = Pulse(fetch.connection.alive)
-    running: list[tuple[Any, float]] = []
+    running: list[tuple[Any, float, list[_Piece]]] = []
     at_once, heard = PIECE, time.monotonic()
     try:
         while due or running:
             with agent.told("the read failed"):
                 while due and len(running) < READS:
-                    mine, theirs = zip(*_take(due, at_once), strict=True)
+                    taken = _take(due, at_once)
                     handle = agent.agent.initialize_xfer(
                         "READ",
-                        agent.agent.get_xfer_descs(list(mine), kinds[0]),
-                        agent.agent.get_xfer_descs(list(theirs), kinds[1]),
+                        agent.agent.get_xfer_descs([piece.ours for piece in taken], kinds[0]),
+                        agent.agent.get_xfer_descs([piece.theirs for piece in taken], kinds[1]),
                         agent.peer,
                     )
-                    running.append((handle, time.monotonic()))
+                    running.append((handle, time.monotonic(), taken))
                     agent.agent.transfer(handle)
                 still = []
-                for handle, begun in running:
+                for handle, begun, taken in running:
                     state = agent.agent.check_xfer_state(handle)
                     if state == "ERR":
                         raise PeerError("the read failed")
@@ -254,8 +282,12 @@ def _read(
                         heard = time.monotonic()
                         if heard - begun < _QUICK:
                             at_once = min(LARGEST, 2 * at_once)
+                        for piece in taken:
+                            left[piece.run] -= 1
+                            if not left[piece.run]:
+                                come(piece.run)
                     else:
-                        still.append((handle, begun))
+                        still.append((handle, begun, taken))
                 ended, running = len(still) < len(running), still
             if not ended:
                 if time.monotonic() - heard > fetch.stall:
@@ -264,34 +296,51 @@ def _read(
             pulse()
     finally:
         with contextlib.suppress(*agent.faults):
-            for handle, _ in running:
+            for handle, _, _ in running:
                 agent.agent.release_xfer_handle(handle)
 
 
-def _take(due: deque[tuple[Region, Region]], nbytes: int) -> list[tuple[Region, Region]]:
+def _take(due: deque[_Piece], nbytes: int) -> list[_Piece]:
     """Take the next pieces, of about so many bytes."""
-    taken: list[tuple[Region, Region]] = []
-    while due and len(taken) < _PIECES and (not taken or due[0][0][1] <= nbytes):
+    taken: list[_Piece] = []
+    while due and len(taken) < _PIECES and (not taken or due[0].nbytes <= nbytes):
         taken.append(due.popleft())
-        nbytes -= taken[-1][0][1]
+        nbytes -= taken[-1].nbytes
     return taken
 
 
+class _Summing:
+    """Sums the blocks of what has come, on its device, while more is coming."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+        self._factors = hashing.multipliers(fetch.landing.runs[0].out.device)
+        self._sums: dict[int, torch.Tensor] = {}
+
+    def add(self, index: int) -> None:
+        """Begin to sum a run."""
+        run = self._fetch.landing.runs[index]
+        self._sums[run.segment] = hashing.block_sums(run.out, self._factors)
+
+    def compare(self) -> None:
+        """Wait, and compare; raises as `devices.compare`."""
+        for segment, sums in sorted(self._sums.items()):
+            compare(self._fetch, segment, sums.tolist())
+
+
 def _verify(fetch: Fetch, on_device: bool) -> None:
-    pulse = Pulse(fetch.connection.alive)
-    if not on_device:
-        due = checks(fetch.manifest, lambda key: fetch.landing.flats[key].data_ptr())
-        Pool(fetch.threads).verify(due, pulse)
-        return
-    if fetch.sums:
-        factors = hashing.multipliers(fetch.landing.runs[0].out.device)
-        for run in fetch.landing.runs:
-            compare(fetch, run.segment, hashing.block_sums(run.out, factors).tolist())
-        return
-    held: list[Any] = []  # of a host's memory, so digests are what there is
+    """Compare digests of tensors: there are no sums of a host's memory."""
+    held: list[Any] = []
 
     def here(key: tuple[int, int, int]) -> int:
-        held.append(fetch.landing.flats[key].cpu())
+        flat = fetch.landing.flats[key]
+        held.append(flat.cpu() if on_device else flat)
         return int(held[-1].data_ptr())
 
-    Pool(fetch.threads).verify(checks(fetch.manifest, here), pulse)
+    Pool(fetch.threads).verify(checks(fetch.manifest, here), Pulse(fetch.connection.alive))
+
+
+def _wait_for(device: int) -> None:
+    import torch
+
+    torch.cuda.synchronize(device)
