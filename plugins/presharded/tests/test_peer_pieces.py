@@ -3,6 +3,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,21 @@ def test_a_model_that_is_dropped_ends_its_offer_and_gives_back_everything(tmp_pa
     gc.collect()
     assert before.left_over(settle=10) == []
     assert [p.name for p in (tmp_path / "peers").iterdir()] == ["token"]
+
+
+def test_a_report_that_is_kept_keeps_no_weights(tmp_path):
+    path = write_checkpoint(tmp_path / "ckpt", {"weight": torch.randn(64, 64), "bias": torch.randn(64)})
+    config = {"presharded": {"registry": str(tmp_path / "peers"), "beat": 0.5}}
+    host = host_of(config=config, presharded=PreshardedPlugin)
+    model = nn.Linear(64, 64)
+    report = w.load(w.TorchEngine(model), path, "presharded", host=host, progress="never")
+    mapped = f"{model.weight.data_ptr() & -4096:x}-"
+    assert any(line.startswith(mapped) for line in Path("/proc/self/maps").read_text().splitlines())
+    report.lease.close()
+    del model
+    gc.collect()
+    assert not any(line.startswith(mapped) for line in Path("/proc/self/maps").read_text().splitlines())
+    assert report.receipts
 
 
 def offered(tensors):

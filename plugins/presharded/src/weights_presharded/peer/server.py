@@ -137,6 +137,7 @@ class Server:
             self._wake.send(b"x")
         self._thread.join()
         self._on_close()
+        del self._grant, self._on_close  # whoever keeps this, as a report does, keeps no weights by it
 
     # The thread ---------------------------------------------------------------------------------
 
