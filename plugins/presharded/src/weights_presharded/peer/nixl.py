@@ -50,8 +50,11 @@ Region = tuple[int, int, int]
 class Agent:
     """NIXL in this process, with memory that is registered; close it."""
 
-    def __init__(self, regions: Sequence[Region], kind: str) -> None:
+    def __init__(self, regions: Sequence[Region], kind: str, *, is_read: bool) -> None:
         """Start it and register memory: `kind` is `DRAM` or `VRAM`.
+
+        Who is read needs a thread for what UCX asks of it. Who reads looks after its reads itself; a
+        thread beside it would take a third of the speed between devices.
 
         Raises:
             ExtraNotInstalledError: NIXL is not installed.
@@ -73,7 +76,9 @@ class Agent:
         self._devices = sorted({device for _, _, device in regions}) if kind == "VRAM" else []
         self.peer = ""
         with self.told("NIXL cannot start"):
-            self.agent: Any = api.nixl_agent(f"weights-{uuid.uuid4().hex}", api.nixl_agent_config())
+            self.agent: Any = api.nixl_agent(
+                f"weights-{uuid.uuid4().hex}", api.nixl_agent_config(enable_prog_thread=is_read)
+            )
         with self.told("NIXL cannot register the memory"):
             listed = [(address, nbytes, device, "") for address, nbytes, device in regions]
             self._registered = self.agent.register_memory(listed, kind)
@@ -123,7 +128,7 @@ class NixlGrantor(Grantor):
             for segment, size in zip(offer.segments, offer.manifest.sizes, strict=True)
             if size
         ]
-        self._agent: Agent | None = Agent(self._regions, self._kind)
+        self._agent: Agent | None = Agent(self._regions, self._kind, is_read=True)
         self._described = base64.b64encode(offer.described()).decode()
 
     def grant(self, offer: Offer) -> tuple[dict[str, Any], list[int]]:
@@ -168,7 +173,7 @@ class NixlTransport(Transport):
         ours = [(run.out.data_ptr(), run.nbytes, device) for run in landing.runs]
         if not ours:
             return
-        agent = Agent(ours, kind)
+        agent = Agent(ours, kind, is_read=False)
         try:
             with agent.told("NIXL cannot use what the source said"):
                 agent.peer = agent.agent.add_remote_agent(base64.b64decode(str(told.get("agent"))))
