@@ -8,11 +8,15 @@ import pytest
 import torch
 
 import weights_core as w
+from weights_core import arena
 from weights_core.backing import CudaBacking
+from weights_core.errors import ArenaError
 from weights_core.testing import FakeEngine, host_of, write_checkpoint
 from weights_core.testing.checkpoints import random_tensor
 from weights_core.testing.device import HostDevice, HostDriver
-from weights_presharded.peer import devices, hashing, landing, local, offer, target
+from weights_presharded.peer import devices, hashing, landing, local, offer, ordinary, target
+from weights_presharded.peer.gates import Serving
+from weights_presharded.peer.ordinary import OrdinaryBacking
 from weights_presharded.plugin import PreshardedPlugin
 
 
@@ -55,7 +59,8 @@ def load(driver, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "backing_of", backing)
     monkeypatch.setattr(devices, "CHUNK", 1 << 17)
     monkeypatch.setattr(hashing, "BLOCK", 1 << 16)
-    monkeypatch.setattr(landing, "plain", lambda device: lambda n: torch.empty(n, dtype=torch.uint8))
+    for module in (landing, ordinary):
+        monkeypatch.setattr(module, "plain", lambda device: lambda n: torch.empty(n, dtype=torch.uint8))
     given = tensors()
     path = write_checkpoint(tmp_path / "ckpt", given)
     loaded = []  # an engine that is dropped ends its lease
@@ -130,6 +135,64 @@ def test_a_full_device_is_an_error_of_the_publish_alone(load, driver):
     engine, report = load()
     assert holds(engine, given)
     assert any("did not publish: the device cuda:0 is full" in note for note in report.notes)
+
+
+def test_who_is_read_by_nixl_alone_serves_from_ordinary_memory(load, driver):
+    """UCX stages memory that was mapped by hand through the host."""
+    given, _ = load
+    engine = OnDevice(given)
+    for name, tensor in given.items():
+        engine.params[name].copy_(tensor)
+    made = offer.make_offer(
+        engine, Serving(w.Layout.SHARDED, "live"), None, expected_bytes=1 << 20, threads=1, transport="nixl"
+    )
+    assert (made.memory, driver.mapped) == ("cuda", {})
+    assert {segment.descriptor for segment in made.segments} == {-1}
+    assert holds(engine, given)
+    for name, place in made.manifest.places.items():
+        assert made.segments[0].address + place.offset == engine.params[name].data_ptr()
+    assert made.sums == offer.segment_sums(made.manifest, made.segments)
+    made.close()
+
+
+def test_ordinary_memory_is_told_to_be_full_and_refuses_what_it_cannot_do(driver):
+    def take(nbytes):
+        if nbytes > 1000:
+            raise torch.OutOfMemoryError("full")
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    memory = OrdinaryBacking(CudaBacking(HostDevice(driver)), take)
+    with pytest.raises(ArenaError, match="is full: 2,000 bytes"):
+        memory.create(2000, private=False)
+    segment = memory.create(1000, private=False)
+    assert segment.fitted(10) == 1000
+    for refused in (segment.sleep, lambda: segment.wake(3, 1000), lambda: memory.attach(3, 9, private=False)):
+        with pytest.raises(ArenaError, match="ordinary memory of a device cannot"):
+            refused()
+
+
+def test_segments_are_mapped_while_others_are_copied(load, monkeypatch):
+    """And only what is used of each is copied."""
+    given, load = load
+    monkeypatch.setattr(arena, "SEGMENT", 1 << 17)
+    steps = []
+    monkeypatch.setattr(devices.Streams, "copying", told(steps, "copy", devices.Streams.copying))
+    attach = CudaBacking.attach
+    monkeypatch.setattr(CudaBacking, "attach", told(steps, "map", attach))
+    load()
+    engine, report = load(OnDevice(given, meta=True), source=False)
+    assert report.provider == "presharded", report.attempts
+    assert steps[:4] == ["map", "copy", "map", "copy"]
+    assert report.nbytes < sum(-(-t.numel() // 256) * 256 for t in given.values()) + 1
+    assert holds(engine, given)
+
+
+def told(steps, what, real):
+    def step(*args, **options):
+        steps.append(what)
+        return real(*args, **options)
+
+    return step
 
 
 def test_sums_see_every_word_and_every_exchange():
