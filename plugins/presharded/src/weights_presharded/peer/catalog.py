@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from weights_core import dtypes
 from weights_core.coverage import listed
 from weights_core.errors import EngineError
 from weights_presharded.peer.client import PeerError
@@ -52,9 +53,10 @@ def _differences(manifest: Manifest, expected: Mapping[str, TensorMeta]) -> list
     faults += [f"unexpected {listed(extra)}"] if extra else []
     wrong = []
     for name in (n for n in expected if n in manifest.places):
-        have, need = manifest.places[name].meta, expected[name]
-        if (have.shape, have.dtype) != (need.shape, need.dtype):
-            wrong.append(f"{name} is {have.dtype} {list(have.shape)}, need {need.dtype} {list(need.shape)}")
+        have, need = manifest.places[name], expected[name]
+        shape = dtypes.stored_shape(have.dtype, have.shape)
+        if (shape, have.dtype) != (need.shape, need.dtype):
+            wrong.append(f"{name} is {have.dtype} {list(shape)}, need {need.dtype} {list(need.shape)}")
     return faults + wrong[:4] + ([f"and {len(wrong) - 4} more"] if len(wrong) > 4 else [])
 
 

@@ -114,13 +114,14 @@ def in_own_memory(
     used = [(i, 0, size) for i, size in enumerate(extents(manifest)) if size]
     wanted = used if whole_segments else ranges(manifest)
     runs = [Run(segment, start, take(end - start)) for segment, start, end in wanted]
+    begins = [(run.segment, run.start) for run in runs]
     empty = take(0)
     flats, tensors = {}, {}
     for place in manifest.places.values():
         flat = empty
         if place.span:
-            run = _run_of(runs, place)
-            flat = flats[_key(place)] = run.out[place.offset - run.start :][: place.span]
+            run = runs[bisect.bisect_right(begins, (place.segment, place.offset)) - 1]
+            flat = flats[_key(place)] = run.out.narrow(0, place.offset - run.start, place.span)
         tensors[place.name] = shaped(flat, place)
     return Landing(runs, flats, tensors, whole=whole_segments, writer=writer)
 
@@ -151,12 +152,6 @@ def in_parameters(manifest: Manifest, engine: Engine) -> Landing:
 def has_memory(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether every tensor has memory of its own to be filled."""
     return bool(tensors) and not any(tensor.is_meta for tensor in tensors.values())
-
-
-def _run_of(runs: Sequence[Run], place: Place) -> Run:
-    """Return the run that a place lies in; runs are in order."""
-    after = bisect.bisect_right(runs, (place.segment, place.offset), key=lambda run: (run.segment, run.start))
-    return runs[after - 1]
 
 
 def _key(place: Place) -> Key:
