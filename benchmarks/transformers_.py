@@ -17,6 +17,7 @@ the CPU; it counts pages of mapped files as the kernel does. Device peak is of a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -81,6 +82,7 @@ def main() -> None:
                 for way in random.sample(ways, len(ways)):
                     told = measured(given, path, Path(folder), way, cold=cache == "cold")
                     found.setdefault((cache, way), []).append(told)
+                    print(f"  {cache}, {way}: {told['loaded']:.3f} s", flush=True)
         table(found)
 
 
@@ -163,15 +165,18 @@ def made(path: Path, kind: str, gib: float) -> Path:
     for number in range(count):
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         part = names[number * each : (number + 1) * each]
-        save_file({name: noise(shapes[name]) for name in part}, path / file, metadata={"format": "pt"})
+        save_file(
+            {name: noise(shapes[name]).clone() for name in part}, path / file, metadata={"format": "pt"}
+        )
         index |= dict.fromkeys(part, file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     os.sync()
     return path
 
 
+@functools.cache
 def noise(shape: torch.Size) -> torch.Tensor:
-    """Return small numbers that differ, made quickly."""
+    """Return small numbers that differ, made quickly, and once for each shape."""
     bits = torch.randint(0, 1 << 15, shape, dtype=torch.int16) & 0x3BFF
     return bits.view(torch.bfloat16)
 
