@@ -112,6 +112,7 @@ class Worker:
         rank=0,
         gather=None,
         hold=None,
+        hold_reads=None,
         reinit=True,
         timeout=60,
         engine=(),
@@ -121,6 +122,8 @@ class Worker:
     ):
         if hold is not None:
             held_at(Path(hold))
+        if hold_reads is not None:
+            held_while_reading(Path(hold_reads))
         kind = Watched if reinit else NoReinit
         options = dict(engine)
         if gather is not None:
@@ -265,18 +268,43 @@ def _consumable():
 PLUGINS = {"gms": _gms, "consumable": _consumable}
 
 
+def wait_in(folder):
+    (folder / f"held-{os.getpid()}").touch()
+    end = time.monotonic() + 30
+    while not (folder / "go").exists() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
 def held_at(folder):
     """Have the transfer wait, once the source has said where its memory is, until it may go on."""
     for transport in (local.LocalTransport, nixl.NixlTransport):
 
         def fetch(self, given, real=transport.fetch):
-            (folder / f"held-{os.getpid()}").touch()
-            end = time.monotonic() + 30
-            while not (folder / "go").exists() and time.monotonic() < end:
-                time.sleep(0.005)
+            wait_in(folder)
             return real(self, given)
 
         transport.fetch = fetch
+
+
+def held_while_reading(folder, real=nixl._read):
+    """Have NIXL read in many small pieces, and wait when some are here and others on their way."""
+    nixl.PIECE, nixl.READS = 4096, 4
+
+    def read(agent, *given):
+        check, ended = agent.agent.check_xfer_state, []
+
+        def state(handle):
+            found = check(handle)
+            if found == "DONE":
+                ended.append(handle)
+                if len(ended) == 3:
+                    wait_in(folder)
+            return found
+
+        agent.agent.check_xfer_state = state
+        return real(agent, *given)
+
+    nixl._read = read
 
 
 def serve(settings, channel):
