@@ -25,7 +25,7 @@ from weights_core.memory import HostSegment
 from weights_core.tensors import as_bytes
 from weights_core.testing import host_of
 from weights_core.testing.parallel import LlamaShape, TensorParallelEngine
-from weights_presharded.peer import local, nixl
+from weights_presharded.peer import copying, local, nixl
 from weights_presharded.peer import source as publishing
 from weights_presharded.plugin import PreshardedPlugin
 
@@ -113,22 +113,26 @@ class Worker:
         gather=None,
         hold=None,
         hold_reads=None,
+        hold_copies=None,
         reinit=True,
         timeout=60,
         engine=(),
         plugins=(),
         kv_heads=2,
+        vocab=48,
         **config,
     ):
         if hold is not None:
             held_at(Path(hold))
         if hold_reads is not None:
             held_while_reading(Path(hold_reads))
+        if hold_copies is not None:
+            held_while_copying(Path(hold_copies))
         kind = Watched if reinit else NoReinit
         options = dict(engine)
         if gather is not None:
             options["gather"] = Gathering(gather, size, rank)
-        self.engine = kind(LlamaShape(kv_heads=kv_heads), size=size, rank=rank, **options)
+        self.engine = kind(LlamaShape(kv_heads=kv_heads, vocab=vocab), size=size, rank=rank, **options)
         settings = {**self.settings, **config}
         own = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], dict)}
         host = host_of(
@@ -176,6 +180,17 @@ class Worker:
 
     def descriptors(self):
         return len(os.listdir("/proc/self/fd"))
+
+    def holds(self):
+        """Return what grows in a process that gives something not back."""
+        status = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in status if line.endswith(" kB")}
+        return {
+            "descriptors": self.descriptors(),
+            "threads": len(os.listdir("/proc/self/task")),
+            "mappings of shared memory": self.shared(),
+            "bytes": 1024 * (kilobytes["RssAnon"] + kilobytes["RssShmem"]),
+        }
 
     def spoil(self, how):
         """Make what this process is about to offer wrong, after it was hashed."""
@@ -305,6 +320,19 @@ def held_while_reading(folder, real=nixl._read):
         return real(agent, *given)
 
     nixl._read = read
+
+
+def held_while_copying(folder, real=copying._compare):
+    """Have one thread copy, and wait when some tensors are here and others are not."""
+    compared = []
+
+    def compare(*given):
+        real(*given)
+        compared.append(given)
+        if len(compared) == 3:
+            wait_in(folder)
+
+    copying._compare = compare
 
 
 def serve(settings, channel):
