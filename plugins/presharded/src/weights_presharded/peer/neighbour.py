@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -12,10 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import attrs
+
 from weights_core.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
+
+    from weights_core import Engine
+    from weights_core.lease import Lease
 
 REGISTRY = "peers"
 
@@ -73,7 +77,15 @@ def _end(process: subprocess.Popen[str]) -> None:
         pass
 
 
-def _served(order: Mapping[str, str]) -> contextlib.ExitStack:
+@attrs.frozen(eq=False)
+class _Served:
+    """An engine, which lives as long as it is served, and the lease of its load."""
+
+    engine: Engine
+    lease: Lease
+
+
+def _serve(order: Mapping[str, str]) -> _Served:
     """Load a checkpoint into an engine that is equal to those of the contract, and serve it."""
     import weights_core as w
     from weights_core.testing.checkpoints import read_with_safetensors
@@ -87,9 +99,7 @@ def _served(order: Mapping[str, str]) -> contextlib.ExitStack:
     report = w.load(engine, order["checkpoint"], host=host, progress="never")
     if not report.receipts:
         raise NeighbourError(f"nothing is served: {'; '.join(report.notes)}")
-    stack = contextlib.ExitStack()
-    stack.callback(lambda engine: report.lease.close(), engine)  # which lives as long as it is served
-    return stack
+    return _Served(engine, report.lease)
 
 
 def _orders(lines: IO[str]) -> Iterator[dict[str, str]]:
@@ -100,18 +110,19 @@ def _orders(lines: IO[str]) -> Iterator[dict[str, str]]:
 def main() -> None:
     """Serve one checkpoint after the other, as standard input says, until that ends."""
     place = ""
-    with contextlib.ExitStack() as serving:
-        for order in _orders(sys.stdin):
-            if order["registry"] != place:
-                place = order["registry"]
-                serving.close()
-            try:
-                serving.enter_context(_served(order))
-                told = {}
-            except WeightsError as exc:
-                told = {"error": str(exc)}
-            sys.stdout.write(json.dumps(told) + "\n")
-            sys.stdout.flush()
+    serving: list[_Served] = []
+    for order in _orders(sys.stdin):
+        if order["registry"] != place:
+            place = order["registry"]
+            while serving:
+                serving.pop().lease.close()
+        try:
+            serving.append(_serve(order))
+            told = {}
+        except WeightsError as exc:
+            told = {"error": str(exc)}
+        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
