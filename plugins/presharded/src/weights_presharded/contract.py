@@ -23,8 +23,8 @@ EXCLUSIONS = {
 }
 
 PEER_EXCLUSIONS = {
-    "a_damaged_checkpoint_is_an_error": "peers are asked for the weights of a digest, and nobody has those of "
-    "damaged files: none serves, and the disk, which reads them, says what is wrong with them"
+    "a_damaged_checkpoint_is_an_error": "peers are asked for the weights of a digest, and nobody has "
+    "those of damaged files: none serves, and the disk, which reads them, says what is wrong with them"
 }
 """For both ways in which a peer's weights land."""
 OWN_EXCLUSIONS = PEER_EXCLUSIONS | {
