@@ -167,6 +167,36 @@ def test_who_cannot_be_brought_back_is_not_used_when_its_source_dies_while_it_is
     assert target.leave() == 0
 
 
+def _scribbled(source, **_):
+    source("scribble")
+
+
+def _withdrawn(source, **_):
+    source("close")
+
+
+def _ended(source, **_):
+    assert source.leave() == 0
+
+
+def _restarted(source, workers, checkpoint):
+    source.kill()
+    workers(transport="nixl", environ=TCP, target=False)("load", checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("happens", [_scribbled, _withdrawn, _ended, _restarted])
+def test_whatever_a_source_does_while_it_is_read_no_wrong_byte_arrives(
+    reading, workers, checkpoint, due, happens
+):
+    (source,), target, go = reading()
+    happens(source, workers=workers, checkpoint=checkpoint)
+    go()
+    told = target.answer()
+    assert told.get("seen") == due(), told
+    assert told["provider"] in ("disk", PEER)
+    assert target.leave() == 0
+
+
 @ENDS
 def test_over_shared_memory_too_no_wrong_byte_arrives(reading, due, how):
     (source,), target, go = reading(environ={})
