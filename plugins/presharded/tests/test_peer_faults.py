@@ -97,6 +97,46 @@ def test_a_target_that_dies_takes_nothing_with_it(workers, checkpoint, due, sour
     assert (told["provider"], told["seen"]) == (PEER, due())
 
 
+def active(registry):
+    return [json.loads(entry.read_text())["active"] for entry in Path(registry).glob("*.json")]
+
+
+def test_a_source_serves_no_more_at_a_time_than_it_may(workers, checkpoint, due, held, registry):
+    source = workers(limit=1)
+    source("load", checkpoint=checkpoint)
+    first = workers(source=False)
+    first.begin("load", checkpoint=checkpoint, hold=held)
+    waits(held)
+    told = workers(source=False, stall=0.5)("load", checkpoint=checkpoint)
+    assert (told["provider"], told["seen"]) == (DISK, due())
+    assert f"pid {source.pid}: serves 1 already" in reasons(told)
+    patient = workers(source=False, wait=60.0)
+    patient.begin("load", checkpoint=checkpoint)
+    until(lambda: active(registry) == [1])
+    go(held)
+    for one in (first, patient):
+        told = one.answer()
+        assert (told["provider"], told["seen"]) == (PEER, due()), told
+
+
+def test_a_target_that_is_stopped_loses_its_place_and_not_its_bytes(workers, checkpoint, due, held, registry):
+    source = workers(limit=1)
+    source("impatient")
+    source("load", checkpoint=checkpoint)
+    stopped = workers(source=False)
+    stopped.begin("load", checkpoint=checkpoint, hold=held)
+    waits(held)
+    until(lambda: active(registry) == [1])
+    stopped.signal(signal.SIGSTOP)
+    until(lambda: active(registry) == [0])
+    told = workers(source=False)("load", checkpoint=checkpoint)
+    assert (told["provider"], told["seen"]) == (PEER, due())
+    go(held)
+    stopped.signal(signal.SIGCONT)
+    told = stopped.answer()
+    assert (told["provider"], told["seen"]) == (PEER, due()), told
+
+
 # A source that is not what it says ----------------------------------------------------------------
 
 

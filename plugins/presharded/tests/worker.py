@@ -25,7 +25,7 @@ from weights_core.memory import HostSegment
 from weights_core.tensors import as_bytes
 from weights_core.testing import host_of
 from weights_core.testing.parallel import LlamaShape, TensorParallelEngine
-from weights_presharded.peer import copying, local, nixl
+from weights_presharded.peer import copying, local, nixl, server
 from weights_presharded.peer import source as publishing
 from weights_presharded.plugin import PreshardedPlugin
 
@@ -180,6 +180,10 @@ class Worker:
 
     def descriptors(self):
         return len(os.listdir("/proc/self/fd"))
+
+    def impatient(self):
+        """Believe of a target that is silent for long that it has gone, after a second."""
+        server.SILENT_SECONDS = 1.0
 
     def holds(self):
         """Return what grows in a process that gives something not back."""
