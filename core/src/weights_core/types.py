@@ -229,7 +229,7 @@ class FormatClaim:
     parts: tuple[Part, ...] = attrs.field(default=(), converter=_parts)
 
     def __attrs_post_init__(self) -> None:
-        for given, kind in ((self.roles, Role), (self.layouts, Layout)):
+        for given, kind in ((self.roles, Role), (self.layouts, Layout), (self.parts, Part)):
             strangers = [value for value in given if not isinstance(value, kind)]
             if strangers:
                 raise TypeError(f"{strangers[0]!r} is no {kind.__name__}")

@@ -172,6 +172,22 @@ def test_packed_experts_are_cut_half_by_half(saved, tmp_path):
         assert found[down].equal(state[down].chunk(2, -1)[rank])
 
 
+@pytest.mark.parametrize("architecture", ["LlamaModel", "LlamaForCausalLM", "no_such", "pipeline", None])
+def test_a_model_without_a_head_is_cut_too(saved, tmp_path, architecture):
+    source, state = saved(LlamaConfig(**SMALL))
+    body = {name.removeprefix("model."): tensor for name, tensor in state.items() if "lm_head" not in name}
+    save_file(body, source / "model.safetensors")
+    values = json.loads((source / "config.json").read_bytes())
+    (source / "config.json").write_text(
+        json.dumps(values | {"architectures": architecture and [architecture]})
+    )
+    shard(source, tmp_path / "out", size=2)
+    first, _ = ranks(tmp_path / "out", 2)
+    for name in ("embed_tokens.weight", "layers.1.self_attn.q_proj.weight"):
+        assert first[name].equal(body[name].chunk(2)[0])
+    assert first["norm.weight"].equal(body["norm.weight"])
+
+
 def test_experts_under_other_names_need_a_plan(saved, tmp_path):
     source, _ = saved(MixtralConfig(**SMALL, num_local_experts=2))
     raw = load_file(source / "model.safetensors")

@@ -17,14 +17,15 @@ HOLD = {"local": "hold_copies", "nixl": "hold_reads"}
 
 
 def shared_by(pid):
-    """Return the shared memory that a process has mapped or open, each as (device, inode)."""
-    found = set()
-    for folder in ("fd", "map_files"):
-        for entry in Path(f"/proc/{pid}/{folder}").iterdir():
-            with contextlib.suppress(OSError):  # it has ended, or was closed meanwhile
-                if os.readlink(entry).startswith("/memfd:"):
-                    at = entry.stat()
-                    found.add((at.st_dev, at.st_ino))
+    """Return the inodes of the shared memory that a process has mapped or open."""
+    mapped = [
+        line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/memfd:" in line
+    ]
+    found = {int(fields[4]) for fields in mapped}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            if os.readlink(entry).startswith("/memfd:"):
+                found.add(entry.stat().st_ino)
     return found
 
 
@@ -32,7 +33,7 @@ def shared_by_all():
     found = set()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
                 found |= shared_by(folder.name)
     return found
 

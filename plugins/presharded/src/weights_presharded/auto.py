@@ -164,10 +164,10 @@ def _transformers_plan(root: Path, metas: Mapping[str, TensorMeta]) -> dict[str,
     if not getattr(config, "base_model_tp_plan", None):
         raise PlanError(f"Transformers has no tensor-parallel plan for {name}: {_WHAT}")
     model = _asked(f"Transformers cannot make a model of {name}", lambda: _empty(transformers, config))
-    prefix = f"{model.base_model_prefix}."
     keep, tied = _parameters(model, metas)
-    plan = {key: style for key, style in (getattr(model, "tp_plan", None) or {}).items() if key in keep}
-    plan = {key: style for key, style in plan.items() if key not in tied}
+    given = getattr(model, "tp_plan", None) or {}
+    plan = {key: style for key, style in given.items() if key in keep and key not in tied}
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in metas):
         return plan
     return {key.removeprefix(prefix): style for key, style in plan.items() if key.startswith(prefix)}
@@ -191,9 +191,11 @@ def _empty(transformers: Any, config: Any) -> Any:
     import torch
 
     names = getattr(config, "architectures", None) or []
-    made = getattr(transformers, names[0], None) if names else None
+    made: Any = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        made = transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        return made(config) if made is not None else transformers.AutoModelForCausalLM.from_config(config)
+        return made(config)
 
 
 def _parameters(model: Any, metas: Mapping[str, TensorMeta]) -> tuple[set[str], set[str]]:

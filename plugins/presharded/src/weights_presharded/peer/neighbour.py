@@ -52,9 +52,13 @@ class Neighbour:
 
     def _ask(self, order: dict[str, str]) -> dict[str, Any]:
         if self._process is None:
-            command = [sys.executable, "-m", __name__]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self._process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # it ends as its input does, also after Ctrl-C
+            )
             weakref.finalize(self, _end, self._process)
         asks, answers = _pipes(self._process)
         asks.write(json.dumps(order) + "\n")
