@@ -321,7 +321,10 @@ def held_while_reading(folder, real=nixl._read):
             return found
 
         agent.agent.check_xfer_state = state
-        return real(agent, *given)
+        try:
+            return real(agent, *given)
+        finally:
+            del agent.agent.check_xfer_state  # else the agent would keep itself alive
 
     nixl._read = read
 
