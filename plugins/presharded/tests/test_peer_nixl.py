@@ -102,7 +102,7 @@ def reading(workers, checkpoint, registry, tmp_path):
             one = workers(**common, target=False)
             sources[one.pid] = one
             one("load", checkpoint=checkpoint)
-        target = workers(**common, source=False, **settings)
+        target = workers(**common, **{"source": False} | settings)
         target.begin("load", checkpoint=checkpoint, hold_reads=held, reinit=reinit)
         until(lambda: list(held.glob("held-*")))
 
@@ -165,6 +165,18 @@ def test_who_cannot_be_brought_back_is_not_used_when_its_source_dies_while_it_is
     assert "failed after writing to the engine" in told["why"]
     assert "do not use the engine" in told["notes"]
     assert target.leave() == 0
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_came_half_is_not_served_on(reading, workers, checkpoint, due, in_place):
+    (source,), target, go = reading(source=True, in_place=in_place)
+    source.kill()
+    go()
+    told = target.answer()
+    assert (told.get("provider"), told.get("seen")) == ("disk", due()), told
+    told = workers(transport="nixl", environ=TCP, source=False)("load", checkpoint=checkpoint)
+    assert (told.get("provider"), told.get("seen")) == (PEER, due()), told
+    assert f"pid {target.pid} by nixl: " in told["notes"][0]
 
 
 def _scribbled(source, **_):
