@@ -123,6 +123,7 @@ def test_a_rank_that_is_not_there_or_not_cut_is_one_line(folder, llama, tmp_path
     assert f"{folder} was cut for ranks 0 to 1, not for 2" in failed("load", folder, "--rank", 2, code=2)
     whole = llama.checkpoint(tmp_path / "whole")
     assert f"{whole} is not cut for ranks" in failed("load", whole, "--rank", 0, code=2)
+    assert "no such file or folder" in failed("load", tmp_path / "nowhere", "--rank", 0)
 
 
 def test_explain_says_who_would_load_each_rank(folder):

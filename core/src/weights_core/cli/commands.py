@@ -372,6 +372,7 @@ def _parts(
     if rank is None:
         return parts or (None,)
     if not parts:
+        files.find(checkpoint, component)  # or there is nothing at all
         raise click.BadParameter(f"{checkpoint} is not cut for ranks", param_hint="--rank")
     chosen = [part for part in parts if part.rank == rank]
     if not chosen:
