@@ -4,6 +4,7 @@
 The nursery imports torch once and forks a worker for each order. What a step raises is its answer.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -180,6 +181,11 @@ class Worker:
 
     def descriptors(self):
         return len(os.listdir("/proc/self/fd"))
+
+    def drop(self):
+        """Forget the model; what it took is given back."""
+        self.engine = self.report = None
+        gc.collect()
 
     def impatient(self):
         """Believe of a target that is silent for long that it has gone, after a second."""
