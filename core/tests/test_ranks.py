@@ -7,6 +7,7 @@ from torch import nn
 
 import weights_core as w
 from weights_core import errors
+from weights_core.ranks import gather
 from weights_core.testing import Group, host_of, write_checkpoint
 
 SIZE = 2
@@ -166,3 +167,37 @@ def test_an_engine_that_cannot_come_back_on_one_rank_ends_the_load_on_all(checkp
         first.result()
     with pytest.raises(errors.EngineError, match="reinit"):
         second.result()
+
+
+@pytest.mark.parametrize("mutated", [False, True])
+def test_a_provider_whose_ranks_are_lost_is_not_waited_for_again(checkpoint, mutated):
+    calls = []
+
+    def never(value, timeout):
+        calls.append(value)
+        if len(calls) > 1:  # after `resolve`
+            raise TimeoutError
+        return [value] * SIZE
+
+    class Agreeing:
+        weights_api = 1
+
+        @w.hookimpl
+        def resolve_format(self):
+            return w.FormatClaim(roles={w.Role.SOURCE}, reason="a peer", fit=w.Fit.BEST)
+
+        @w.hookimpl
+        def load_weights(self, request, engine):
+            try:
+                gather(engine, request, "mine", "agreeing")
+            except errors.RanksDisagreeError as exc:
+                exc.mutated = mutated
+                raise
+
+    engine = w.TorchEngine(
+        nn.Linear(3, 2), topology=w.Topology.tensor_parallel(SIZE, 0), gather=never, reinit=lambda model: None
+    )
+    with pytest.raises(errors.RanksDisagreeError, match="rank 0, agreeing, waited 600 s") as caught:
+        w.load(engine, checkpoint, host=host_of(peer=Agreeing))
+    assert len(calls) == 2
+    assert ("the engine was re-initialised" in caught.value.__notes__) == mutated

@@ -16,6 +16,7 @@ from weights_core.errors import (
     NoProviderError,
     PluginContractError,
     PluginFailedError,
+    RanksDisagreeError,
     WeightsError,
 )
 from weights_core.report import Attempt
@@ -113,7 +114,8 @@ class Chain:
             self._check(name, weights)
         except Exception as exc:  # noqa: BLE001 - `Ranks.served` raises it once the other ranks know
             crashed = isinstance(exc, PluginFailedError)  # and may have written anything
-            self.wrote = self.wrote or crashed or (isinstance(exc, LoadFailed) and exc.mutated)
+            told = isinstance(exc, LoadFailed | RanksDisagreeError) and exc.mutated
+            self.wrote = self.wrote or crashed or told
             return None, exc
         finally:
             below.close()

@@ -188,7 +188,16 @@ class NoProviderError(LoadError):
 
 
 class RanksDisagreeError(LoadError):
-    """Another rank failed or took another path, so this rank may not go on."""
+    """Another rank failed or took another path, so this rank may not go on.
+
+    `lost` says that the ranks cannot reach each other any more, so that nobody is to be told. `mutated`
+    says whether a provider that found out had written into the engine.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False, mutated: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+        self.mutated = mutated
 
 
 class CoverageError(LoadError):

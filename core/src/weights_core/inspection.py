@@ -16,7 +16,7 @@ from weights_core.checkpoint import CheckpointFiles, disagreements, find
 from weights_core.errors import CheckpointError
 from weights_core.files import File
 from weights_core.header import read_header
-from weights_core.types import TensorMeta
+from weights_core.types import Layout, Part, TensorMeta
 
 _INDEXED = re.compile(r"(?P<stem>.*?\.|)(?P<number>[0-9]+)(?:\.|$)")
 _LAST_NUMBER = re.compile(r"[0-9]+$")
@@ -48,7 +48,10 @@ class Layer:
 
 @attrs.frozen(kw_only=True)
 class Inspection:
-    """What was found. `ties` groups names that stand for the same bytes, each with how it is known."""
+    """What was found. `ties` groups names that stand for the same bytes, each with how it is known.
+
+    Of a checkpoint that was cut, `part` is one part; its tensors are an engine's, in its `layout`.
+    """
 
     root: Path
     kind: str
@@ -57,6 +60,8 @@ class Inspection:
     ties: tuple[tuple[tuple[str, ...], str], ...]
     faults: tuple[str, ...]
     notes: tuple[str, ...]
+    part: Part | None = None
+    layout: Layout = Layout.CHECKPOINT
 
     @property
     def metas(self) -> Iterator[TensorMeta]:
@@ -97,7 +102,14 @@ class Inspection:
         index = f", index {self.index.name}" if self.index else ""
         files = f"{len(self.files)} {self.kind} file{'s' * (len(self.files) != 1)}"
         tensors = f"{self.count:,} tensor{'s' * (self.count != 1)}"
-        return f"{self.root}: {tensors}, {_mb(self.nbytes)} MB, {files}{index}"
+        part = f", {self.part.name}" if self.part and self.part.name else ""
+        layout = "" if self.layout is Layout.CHECKPOINT else f"{self.layout.value}, "
+        return f"{self.root}{part}: {layout}{tensors}, {_mb(self.nbytes)} MB, {files}{index}"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for its notes and faults."""
+        return (*(f"note: {note}" for note in self.notes), *(f"fault: {fault}" for fault in self.faults))
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON; schema `weights.inspection/1`, described in docs/operators.md."""
@@ -105,6 +117,11 @@ class Inspection:
             "schema": "weights.inspection/1",
             "root": str(self.root),
             "kind": self.kind,
+            "layout": self.layout.value,
+            "rank": self.part.rank if self.part else 0,
+            "axes": {n: [a.size, a.rank] for n, a in self.part.engine.topology.axes.items()}
+            if self.part
+            else {},
             "index": str(self.index) if self.index else None,
             "tensor_count": self.count,
             "bytes": self.nbytes,

@@ -14,14 +14,42 @@ if TYPE_CHECKING:
     from weights_core.types import LoadRequest
 
 
+def gather(engine: Engine, request: LoadRequest, value: object, what: str) -> Sequence[object]:
+    """Return every rank's `value`, by rank; for plugins whose ranks must agree on something of their own.
+
+    Args:
+        engine: through which the ranks reach each other.
+        request: the load.
+        value: a plain, picklable object.
+        what: where in the load this is, for the error.
+
+    Raises:
+        RanksDisagreeError: a rank stayed away until the deadline, or cannot be reached.
+    """
+    world = request.engine.topology.world
+    place = f"rank {world.rank}, {what}"
+    try:
+        values = engine.gather(value, request.timeout)
+    except TimeoutError as exc:
+        why = f"{place}, waited {request.timeout:g} s for the other ranks"
+        raise RanksDisagreeError(why, lost=True) from exc
+    except Exception as exc:  # an engine's transport may raise anything
+        why = f"{place}, cannot reach the other ranks: {type(exc).__name__}: {exc}"
+        raise RanksDisagreeError(why, lost=True) from exc
+    if len(values) != world.size:
+        raise RanksDisagreeError(
+            f"{place}, gathered {len(values)} answers; the topology says {world.size} ranks", lost=True
+        )
+    return values
+
+
 class Ranks:
     """This rank's view of the group, through `engine.gather`."""
 
     def __init__(self, engine: Engine, request: LoadRequest) -> None:
         self._engine = engine
+        self._request = request
         self._rank = request.rank
-        self._size = request.engine.topology.world.size
-        self._timeout = request.timeout
 
     def served(self, stage: str, provider: str, error: Exception | None) -> bool:
         """Tell the others how `provider` fared here; return whether it served every rank.
@@ -71,21 +99,14 @@ class Ranks:
         return all(theirs[2] == "ok" for theirs in everyone)
 
     def _gather(self, mine: tuple[str, ...], error: Exception | None) -> Sequence[object]:
-        place = f"rank {self._rank}, at {mine[0]} of {mine[1]!r}"
         try:
-            steps = self._engine.gather(mine, self._timeout)
-            if len(steps) == self._size:
-                return steps
-            why = f"{place}, gathered {len(steps)} answers; the topology says {self._size} ranks"
-            raise RanksDisagreeError(why) from error
-        except TimeoutError as exc:
-            why = f"{place}, waited {self._timeout:g} s for the other ranks"
-            raise RanksDisagreeError(why) from (error or exc)
-        except RanksDisagreeError:
+            if isinstance(error, RanksDisagreeError) and error.lost:
+                raise error  # a provider has waited already: nobody would answer here either
+            return gather(self._engine, self._request, mine, f"at {mine[0]} of {mine[1]!r}")
+        except RanksDisagreeError as exc:
+            if error is not None and exc is not error:
+                exc.__cause__ = error
             raise
-        except Exception as exc:  # noqa: BLE001 - an engine's transport may raise anything
-            why = f"{place}, cannot reach the other ranks: {type(exc).__name__}: {exc}"
-            raise RanksDisagreeError(why) from (error or exc)
         finally:
             del error
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from weights_core import coverage
 from weights_core.engine import Engine
 from weights_core.errors import CoverageError
+from weights_core.parts import stored_names, taking_anything
 from weights_core.tensors import as_bytes
 from weights_core.types import Applied, EngineInfo, Layout, TensorMeta
 from weights_core.weightset import WeightSet
@@ -27,16 +28,24 @@ class ScanEngine(Engine):
     """
 
     def __init__(
-        self, component: str | None = None, *, verify: bool = False, files: Iterable[Path] = ()
+        self,
+        component: str | None = None,
+        *,
+        part: EngineInfo | None = None,
+        verify: bool = False,
+        files: Iterable[Path] = (),
     ) -> None:
         """Describe what to read.
 
         Args:
             component: the folder of a pipeline.
+            part: the engine that a part of a checkpoint was cut for.
             verify: compare with an independent read, and miss what only that read finds.
             files: the files that must be covered, besides those that the weights name.
         """
         self._info = EngineInfo(name="scan", version="1", component=component)
+        if part is not None:
+            self._info = taking_anything(part)
         self._verify = verify
         self._files = frozenset(files)
         self._seen: dict[str, TensorMeta] = {}
@@ -45,7 +54,7 @@ class ScanEngine(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """An engine that takes a checkpoint as it is and shares nothing."""
+        """An engine that takes a checkpoint as it is, or what was cut for another, and shares nothing."""
         return self._info
 
     def expected(self, layout: Layout) -> Mapping[str, TensorMeta]:
@@ -67,19 +76,29 @@ class ScanEngine(Engine):
         largest = max((meta.nbytes for meta in self._seen.values()), default=0)
         scratch = torch.empty(largest, dtype=torch.uint8, device="cpu")
         independent = _Independent()
+        stored = stored_names(self._seen.values())
         self.verified = 0
         written = set()
         for name, tensor in weights.stream():
             raw = as_bytes(tensor)
             scratch[: raw.numel()].copy_(raw)
             if self._verify:
-                _compare(weights.meta(name), tensor, independent)
+                _compare(weights.meta(name), tensor, independent, stored.get(name, name))
                 self.verified += raw.numel()
             written.add(name)
             weights.release([name])
         if self._verify:
             _check_names(independent, self._files | {m.file for m in self._seen.values() if m.file}, written)
         return Applied(written=written, unused=())
+
+    def bind(self, weights: WeightSet) -> Applied:
+        """Read what was cut as `apply` reads what is whole."""
+        return self.apply(weights)
+
+    def gather(self, value: object, timeout: float) -> Sequence[object]:
+        """Answer for the ranks that are not here."""
+        del timeout
+        return [value] * self._info.topology.world.size
 
 
 class _Independent:
@@ -115,10 +134,10 @@ def _check_names(independent: _Independent, files: Iterable[Path], written: set[
             )
 
 
-def _compare(meta: TensorMeta, tensor: torch.Tensor, independent: _Independent) -> None:
+def _compare(meta: TensorMeta, tensor: torch.Tensor, independent: _Independent, stored: str) -> None:
     if meta.file is None:
         raise CoverageError(f"tensor {meta.name!r} lies in no file, so there is nothing to verify it against")
-    other = independent.read(meta.file, meta.name)
+    other = independent.read(meta.file, stored)
     same = other.shape == tensor.shape and other.dtype == tensor.dtype
     if not same or not torch.equal(as_bytes(other), as_bytes(tensor)):
         raise CoverageError(

@@ -179,6 +179,35 @@ class LoadRequest:
 
 
 @attrs.frozen(kw_only=True)
+class Part:
+    """What one rank would load of a checkpoint that was cut for several, for who has no engine to ask with.
+
+    `engine` is one that it was cut for; `notes` tell operators of it.
+    """
+
+    engine: EngineInfo
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Whose part it is, in the whole group."""
+        return self.engine.topology.rank
+
+    @property
+    def name(self) -> str:
+        """Which part, for people; empty if it is all there is."""
+        world, axes = self.engine.topology.world, self.engine.topology.axes
+        if world.size == 1:
+            return ""
+        place = ", ".join(f"{name} {axis.rank} of {axis.size}" for name, axis in axes.items())
+        return f"rank {world.rank} of {world.size}" + (f" ({place})" if len(axes) > 1 else "")
+
+
+def _parts(given: Iterable[Part]) -> tuple[Part, ...]:
+    return tuple(given)
+
+
+@attrs.frozen(kw_only=True)
 class FormatClaim:
     """A plugin's answer to "can you take part in this load, and how?".
 
@@ -186,6 +215,8 @@ class FormatClaim:
     how well it fits (`fit`); as a publisher, `publish_at`, and whether a failure to publish fails
     the load (`required`). `reason` is one sentence for the operator. An owner's `held` tells, when it
     is called, how many bytes of these weights are in the engine's memory already, held for others too.
+    A source of a checkpoint that no engine takes whole says in `parts`, whoever asks, for which engines
+    it was cut: `weights inspect` and `weights load` go through them.
     """
 
     roles: frozenset[Role] = attrs.field(converter=_roles)
@@ -195,9 +226,10 @@ class FormatClaim:
     publish_at: Layout | None = None
     required: bool = False
     held: Callable[[], int] | None = attrs.field(default=None, eq=False)
+    parts: tuple[Part, ...] = attrs.field(default=(), converter=_parts)
 
     def __attrs_post_init__(self) -> None:
-        for given, kind in ((self.roles, Role), (self.layouts, Layout)):
+        for given, kind in ((self.roles, Role), (self.layouts, Layout), (self.parts, Part)):
             strangers = [value for value in given if not isinstance(value, kind)]
             if strangers:
                 raise TypeError(f"{strangers[0]!r} is no {kind.__name__}")

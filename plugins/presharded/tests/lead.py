@@ -109,9 +109,9 @@ def checkpoints(tmp_path_factory):
     """Return the checkpoint of a small decoder with so many heads of keys and values."""
 
     @functools.cache
-    def make(kv_heads=2, seed=0):
+    def make(kv_heads=2, seed=0, vocab=48):
         folder = tmp_path_factory.mktemp("decoder") / "ckpt"
-        return write_checkpoint(folder, LlamaShape(kv_heads=kv_heads).checkpoint(seed))
+        return write_checkpoint(folder, LlamaShape(kv_heads=kv_heads, vocab=vocab).checkpoint(seed))
 
     return make
 
@@ -128,8 +128,8 @@ def due():
     from worker import summed
 
     @functools.cache
-    def made(size=1, rank=0, kv_heads=2, seed=0):
-        shape = LlamaShape(kv_heads=kv_heads)
+    def made(size=1, rank=0, kv_heads=2, seed=0, vocab=48):
+        shape = LlamaShape(kv_heads=kv_heads, vocab=vocab)
         return summed(cut(shape, shape.checkpoint(seed), size, rank))
 
     return made

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`weights peers`: what runs, as a table and as JSON."""
 
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ def test_sources_are_listed(workers, checkpoint, registry, tmp_path):
     source("load", checkpoint=checkpoint)
     code, out, _ = weights("peers", "--registry", registry)
     assert code == 0
+    assert out.startswith("1 source in the directory ")
     assert re.search(
         rf"\w{{8}}  pid {source.pid}, cpu: sharded, \d.\d MB, \d+ tensors, 0 of 4 served, 0 before", out
     )
@@ -60,3 +62,36 @@ def test_a_registry_that_cannot_be_reached_is_one_line(tmp_path):
     code, _, err = weights("peers", "--registry", "carrier://pigeon")
     assert code != 0
     assert "is of no kind that is known" in err
+
+
+def test_the_program_in_the_documentation_serves_itself(tmp_path):
+    """Two terminals, as the page says, and nothing set but where this test's folder is."""
+    page = (Path(__file__).parents[3] / "docs" / "presharded.md").read_text()
+    (program,) = re.findall(r"```python\n(# engine\.py.*?)```", page, re.DOTALL)
+    (tmp_path / "engine.py").write_text(program)
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    running = []
+    try:
+        for pulled in (False, True):
+            process = subprocess.Popen(
+                [sys.executable, "engine.py"],
+                cwd=tmp_path,
+                env=os.environ | environ,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            running.append(process)
+            said = list(itertools.takewhile(lambda line: "serving until" not in line, process.stdout))
+            assert said[0].endswith("by presharded\n") == pulled, said
+        code, out, _ = weights("peers", **environ)
+        assert code == 0
+        assert out.startswith(f"2 sources in the directory {tmp_path}/weights-presharded\n")
+        for process in running:
+            process.communicate("\n", timeout=60)
+            assert process.returncode == 0
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    assert os.listdir(tmp_path / "weights-presharded") == ["token"]

@@ -97,6 +97,46 @@ def test_a_target_that_dies_takes_nothing_with_it(workers, checkpoint, due, sour
     assert (told["provider"], told["seen"]) == (PEER, due())
 
 
+def active(registry):
+    return [json.loads(entry.read_text())["active"] for entry in Path(registry).glob("*.json")]
+
+
+def test_a_source_serves_no_more_at_a_time_than_it_may(workers, checkpoint, due, held, registry):
+    source = workers(limit=1)
+    source("load", checkpoint=checkpoint)
+    first = workers(source=False)
+    first.begin("load", checkpoint=checkpoint, hold=held)
+    waits(held)
+    told = workers(source=False, stall=0.5)("load", checkpoint=checkpoint)
+    assert (told["provider"], told["seen"]) == (DISK, due())
+    assert f"pid {source.pid}: serves 1 already" in reasons(told)
+    patient = workers(source=False, wait=60.0)
+    patient.begin("load", checkpoint=checkpoint)
+    until(lambda: active(registry) == [1])
+    go(held)
+    for one in (first, patient):
+        told = one.answer()
+        assert (told["provider"], told["seen"]) == (PEER, due()), told
+
+
+def test_a_target_that_is_stopped_loses_its_place_and_not_its_bytes(workers, checkpoint, due, held, registry):
+    source = workers(limit=1)
+    source("impatient")
+    source("load", checkpoint=checkpoint)
+    stopped = workers(source=False)
+    stopped.begin("load", checkpoint=checkpoint, hold=held)
+    waits(held)
+    until(lambda: active(registry) == [1])
+    stopped.signal(signal.SIGSTOP)
+    until(lambda: active(registry) == [0])
+    told = workers(source=False)("load", checkpoint=checkpoint)
+    assert (told["provider"], told["seen"]) == (PEER, due())
+    go(held)
+    stopped.signal(signal.SIGCONT)
+    told = stopped.answer()
+    assert (told["provider"], told["seen"]) == (PEER, due()), told
+
+
 # A source that is not what it says ----------------------------------------------------------------
 
 
@@ -285,7 +325,7 @@ def ranks_of(workers, checkpoint, meet, size=4, **what):
 
 def sources_of(workers, checkpoint, meet, size=4, spoil=None):
     meet.mkdir()
-    made = [workers(target=False) for _ in range(size)]
+    made = [workers(target=False, beat=5.0) for _ in range(size)]
     for rank, one in enumerate(made):
         if rank == spoil:
             one("spoil", how="bit flip")
@@ -313,17 +353,50 @@ def test_one_rank_of_four_whose_source_is_bad_sends_all_to_disk(workers, checkpo
         assert "arrived with the digest" in reasons(one)
 
 
-def test_a_rank_that_was_filled_and_cannot_be_brought_back_ends_the_load_on_all(
-    workers, checkpoint, tmp_path
+@pytest.mark.parametrize("stuck", [{0, 2, 3}, {2}], ids=["all", "one"])
+def test_ranks_that_were_filled_and_cannot_be_brought_back_end_the_load_on_all(
+    workers, checkpoint, tmp_path, registry, stuck
 ):
-    sources_of(workers, checkpoint, tmp_path / "s", size=2, spoil=1)
+    sources_of(workers, checkpoint, tmp_path / "s", spoil=1)
+    before = sorted(Path(registry).glob("*.json"))
     (tmp_path / "t").mkdir()
-    ranks = [workers(source=False) for _ in range(2)]
+    ranks = [workers() for _ in range(4)]
     for rank, one in enumerate(ranks):
-        one.begin("load", checkpoint=checkpoint, gather=tmp_path / "t", size=2, rank=rank, reinit=False)
+        able = rank not in stuck
+        one.begin("load", checkpoint=checkpoint, gather=tmp_path / "t", size=4, rank=rank, reinit=able)
     told = [one.answer() for one in ranks]
-    assert [one["error"] for one in told] == ["EngineDirtyError", "RanksDisagreeError"], told
-    assert "do not use the engine" in told[0]["notes"]
+    first = min(stuck)
+    for rank, one in enumerate(told):
+        assert one["error"] == ("EngineDirtyError" if rank in stuck else "RanksDisagreeError"), one
+        assert "rank 1: " in one["why"]
+        assert "arrived with the digest" in one["why"]
+        assert "there is no way back" in one["why"]
+        if rank in stuck:
+            assert "do not use the engine" in one["notes"]
+        else:
+            assert f"rank {first} failed at recovery of 'presharded'" in one["why"]
+            assert set(one["notes"]) & {"the engine is untouched", "the engine was re-initialised"}
+    assert sorted(Path(registry).glob("*.json")) == before
+
+
+def test_a_rank_that_dies_while_it_copies_ends_the_load_of_the_others_at_their_deadline(
+    workers, checkpoint, held, tmp_path
+):
+    sources_of(workers, checkpoint, tmp_path / "s", size=2)
+    meet = tmp_path / "t"
+    meet.mkdir()
+    one, other = (workers(source=False) for _ in range(2))
+    common = {"checkpoint": checkpoint, "gather": meet, "size": 2, "timeout": 2}
+    other.begin("load", rank=1, hold=held, **common)
+    one.begin("load", rank=0, **common)
+    waits(held)
+    met = len(list(meet.glob("*-1")))
+    other.kill()
+    told = one.answer()
+    assert told["error"] == "RanksDisagreeError", told
+    assert "waited 2 s for the other ranks" in told["why"]
+    assert "the engine was re-initialised" in told["notes"]
+    assert len(list(meet.glob("*-0"))) == met + 1  # it waited for one answer, not for another one after it
 
 
 def test_a_token_that_is_missing_sends_to_disk_and_is_said(workers, checkpoint, due, source, tmp_path):

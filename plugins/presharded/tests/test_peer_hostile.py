@@ -227,6 +227,66 @@ print(own_token(sys.argv[1], {os.geteuid()}).decode())
     assert os.listdir(tmp_path / "t") == ["token"]
 
 
+# The place where all of this is -------------------------------------------------------------------
+
+
+def _linked(folder, elsewhere):
+    folder.symlink_to(elsewhere)
+    return "is a link or no folder"
+
+
+def _open_to_all(folder, elsewhere):
+    folder.mkdir()
+    folder.chmod(0o1777)
+    return "can be written by others; chmod 700 it"
+
+
+def _of_a_stranger(folder, elsewhere):
+    if os.geteuid() != 0:
+        pytest.skip("only root can make what is another user's")
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 65534, 65534)
+    return "belongs to user 65534"
+
+
+def _file(folder, elsewhere):
+    folder.touch()
+    return "is a link or no folder"
+
+
+@pytest.mark.parametrize("made", [_linked, _open_to_all, _of_a_stranger, _file])
+def test_a_default_place_that_somebody_else_made_is_not_used(workers, checkpoint, due, tmp_path, made):
+    """Neither side tells anything there, both load, and `weights peers` says what is wrong."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    folder = tmp_path / "weights-presharded"
+    says = made(folder, elsewhere)
+    for _ in range(2):
+        told = workers(registry=None, environ=environ)("load", checkpoint=checkpoint)
+        assert (told["provider"], told["seen"], told["published"]) == ("disk", due(), [])
+        for why in (told["attempts"]["presharded"], *(n for n in told["notes"] if "did not publish" in n)):
+            assert f"{folder} {says}: refused; mend that, or set registry=FOLDER" in why
+    assert any("did not publish" in note for note in told["notes"])
+    assert not os.listdir(elsewhere)
+    assert folder.is_file() or not os.listdir(folder)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "weights", "peers"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "WEIGHTS_CONFIG"} | environ,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"weights: RegistryError: registry: {folder} {says}: refused; ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_in_a_place_is_for_its_user_alone(source, registry):
+    with contextlib.suppress(FileNotFoundError):
+        for path in (Path(registry), *Path(registry).iterdir()):
+            assert path.lstat().st_mode & 0o077 == 0, path
+
+
 # The directory ------------------------------------------------------------------------------------
 
 

@@ -64,15 +64,26 @@ def test_processes_end_as_programs_do_and_leave_nothing(workers, checkpoint, reg
     assert sorted(os.listdir(registry)) == ["token"]
 
 
+def offered_by(pid):
+    """Return how many descriptors of shared memory a process has."""
+    folder = Path(f"/proc/{pid}/fd")
+    return sum(os.readlink(entry).startswith("/memfd:") for entry in folder.iterdir())
+
+
 def test_a_lease_that_is_closed_ends_the_offer_and_frees_the_memory(workers, checkpoint, registry, due):
     source, target = workers(), workers()
     source("load", checkpoint=checkpoint)
-    before = source("descriptors")
+    target("load", checkpoint=checkpoint)
+    target("close")
     assert len(entries(registry)) == 1
+    assert offered_by(source.pid) > 0
     source("close")
     assert sorted(os.listdir(registry)) == ["token"]
-    assert source("descriptors") < before
-    assert source("now") == due()
+    assert offered_by(source.pid) == 0
+    assert source("now") == due()  # in its own mapping, which goes with the model
+    assert source("shared") > 0
+    source("drop")
+    assert source("shared") == 0
     told = target("load", checkpoint=checkpoint)
     assert told["provider"] == "disk"
     assert told["attempts"]["presharded"].startswith("no source is in the directory")

@@ -4,6 +4,7 @@
 The nursery imports torch once and forks a worker for each order. What a step raises is its answer.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from weights_core.memory import HostSegment
 from weights_core.tensors import as_bytes
 from weights_core.testing import host_of
 from weights_core.testing.parallel import LlamaShape, TensorParallelEngine
-from weights_presharded.peer import local, nixl
+from weights_presharded.peer import copying, local, nixl, server
 from weights_presharded.peer import source as publishing
 from weights_presharded.plugin import PreshardedPlugin
 
@@ -112,20 +113,27 @@ class Worker:
         rank=0,
         gather=None,
         hold=None,
+        hold_reads=None,
+        hold_copies=None,
         reinit=True,
         timeout=60,
         engine=(),
         plugins=(),
         kv_heads=2,
+        vocab=48,
         **config,
     ):
         if hold is not None:
             held_at(Path(hold))
+        if hold_reads is not None:
+            held_while_reading(Path(hold_reads))
+        if hold_copies is not None:
+            held_while_copying(Path(hold_copies))
         kind = Watched if reinit else NoReinit
         options = dict(engine)
         if gather is not None:
             options["gather"] = Gathering(gather, size, rank)
-        self.engine = kind(LlamaShape(kv_heads=kv_heads), size=size, rank=rank, **options)
+        self.engine = kind(LlamaShape(kv_heads=kv_heads, vocab=vocab), size=size, rank=rank, **options)
         settings = {**self.settings, **config}
         own = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], dict)}
         host = host_of(
@@ -173,6 +181,26 @@ class Worker:
 
     def descriptors(self):
         return len(os.listdir("/proc/self/fd"))
+
+    def drop(self):
+        """Forget the model; what it took is given back."""
+        self.engine = self.report = None
+        gc.collect()
+
+    def impatient(self):
+        """Believe of a target that is silent for long that it has gone, after a second."""
+        server.SILENT_SECONDS = 1.0
+
+    def holds(self):
+        """Return what grows in a process that gives something not back."""
+        status = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in status if line.endswith(" kB")}
+        return {
+            "descriptors": self.descriptors(),
+            "threads": len(os.listdir("/proc/self/task")),
+            "mappings of shared memory": self.shared(),
+            "bytes": 1024 * (kilobytes["RssAnon"] + kilobytes["RssShmem"]),
+        }
 
     def spoil(self, how):
         """Make what this process is about to offer wrong, after it was hashed."""
@@ -265,18 +293,59 @@ def _consumable():
 PLUGINS = {"gms": _gms, "consumable": _consumable}
 
 
+def wait_in(folder):
+    (folder / f"held-{os.getpid()}").touch()
+    end = time.monotonic() + 30
+    while not (folder / "go").exists() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
 def held_at(folder):
     """Have the transfer wait, once the source has said where its memory is, until it may go on."""
     for transport in (local.LocalTransport, nixl.NixlTransport):
 
         def fetch(self, given, real=transport.fetch):
-            (folder / f"held-{os.getpid()}").touch()
-            end = time.monotonic() + 30
-            while not (folder / "go").exists() and time.monotonic() < end:
-                time.sleep(0.005)
+            wait_in(folder)
             return real(self, given)
 
         transport.fetch = fetch
+
+
+def held_while_reading(folder, real=nixl._read):
+    """Have NIXL read in many small pieces, and wait when some are here and others on their way."""
+    nixl.PIECE, nixl.READS = 4096, 4
+
+    def read(agent, *given):
+        check, ended = agent.agent.check_xfer_state, []
+
+        def state(handle):
+            found = check(handle)
+            if found == "DONE":
+                ended.append(handle)
+                if len(ended) == 3:
+                    wait_in(folder)
+            return found
+
+        agent.agent.check_xfer_state = state
+        try:
+            return real(agent, *given)
+        finally:
+            del agent.agent.check_xfer_state  # else the agent would keep itself alive
+
+    nixl._read = read
+
+
+def held_while_copying(folder, real=copying._compare):
+    """Have one thread copy, and wait when some tensors are here and others are not."""
+    compared = []
+
+    def compare(*given):
+        real(*given)
+        compared.append(given)
+        if len(compared) == 3:
+            wait_in(folder)
+
+    copying._compare = compare
 
 
 def serve(settings, channel):

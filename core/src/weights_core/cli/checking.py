@@ -45,7 +45,8 @@ def tried(
         return
     brought = _of_distribution(name, settings)
     for subject, exclusions in brought:
-        yield f"{plugins[name].origin}: {name} as a {subject.role.value}", verdicts(subject, exclusions)
+        what = f", {subject.what}" if subject.what else ""
+        yield f"{plugins[name].origin}: {name} as a {subject.role.value}{what}", verdicts(subject, exclusions)
     if brought:
         return
     plugin = plugins[name]

@@ -28,6 +28,9 @@ from weights_core.trace import VARIABLE as TRACE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weights_core.inspection import Inspection
+    from weights_core.types import Part
+
 _checkpoint = click.argument("checkpoint", type=click.Path(path_type=Path))
 _component = click.option("--component", help="One component of a pipeline, e.g. transformer or vae.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
@@ -64,11 +67,13 @@ def main() -> None:
 @_json
 @click.option("--verify", is_flag=True, help="Compare every byte with an independent read of the files.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw the load as .png, .svg or .pdf.")
+@click.option("--rank", type=click.IntRange(0), help="Of what was cut for several ranks, this one's part.")
 @guarded
 def load(
     checkpoint: Path,
     formats: str,
     component: str | None,
+    rank: int | None,
     config_file: Path | None,
     as_json: bool,
     verify: bool,
@@ -76,24 +81,36 @@ def load(
 ) -> None:
     """Read every byte of CHECKPOINT as an engine would, and report speed and memory.
 
-    Without --component, all components of a pipeline are read, one after the other.
+    Without --component, all components of a pipeline are read, one after the other; without --rank,
+    every rank's part of a checkpoint that was cut.
 
     \b
     Examples:
       weights load models/llama --verify
+      weights load models/llama-tp4 --rank 2 --verify
       weights load models/llama -f parallel_shards --json | jq '.[0].phases'
       weights load models/flux --component transformer --chart load.png
     """
     from weights_core import chart as charts
     from weights_core.scan import ScanEngine
 
-    names = _components(checkpoint, component)
-    pictures = [_picture(chart, name if len(names) > 1 else None) for name in names]
+    host = PluginHost.discover(_read(config_file))
+    parts = [
+        (name, part)
+        for name in _components(checkpoint, component)
+        for part in _parts(host, checkpoint, name, formats, rank)
+    ]
+    pictures = [_picture(chart, name, part, alone=len(parts) == 1) for name, part in parts]
     for path in filter(None, pictures):
         charts.check_can_draw(path)
     printed = []
-    for name, picture in zip(names, pictures, strict=True):
-        engine = ScanEngine(name, verify=verify, files=files.find(checkpoint, name).files)
+    for (name, part), picture in zip(parts, pictures, strict=True):
+        if part is None:
+            engine = ScanEngine(name, verify=verify, files=files.find(checkpoint, name).files)
+        else:
+            engine = ScanEngine(part=part.engine, verify=verify)
+            if part.name and not as_json:
+                click.echo(part.name)
         try:
             report = load_weights(engine, checkpoint, formats, _read(config_file))
         except CleanupError as exc:
@@ -132,15 +149,18 @@ def explain(checkpoint: Path, formats: str, component: str | None, config_file: 
       weights explain models/llama
       WEIGHTS_BLOCK=parallel_shards weights explain models/llama
     """
-    from weights_core.inspection import inspect as look
     from weights_core.scan import ScanEngine
 
     faults: list[str] = []
+    host = PluginHost.discover(_read(config_file))
     for name in _components(checkpoint, component):
-        found = look(checkpoint, name)
-        plan = make_plan(ScanEngine(name), checkpoint, formats, _read(config_file))
-        click.echo(found.headline)
-        for line in (*(f"note: {n}" for n in found.notes), *(f"fault: {f}" for f in found.faults)):
+        found = _looked(host, checkpoint, name)
+        part = found[0].part
+        engine = ScanEngine(name, part=part.engine if part else None)
+        plan = make_plan(engine, checkpoint, formats, _read(config_file))
+        for one in found:
+            click.echo(one.headline)
+        for line in dict.fromkeys(line for one in found for line in one.remarks):
             click.echo(line)
         click.echo(f"owner: {plan.owner or 'none'}")
         click.echo(f"sources, in order: {', '.join(plan.sources) or 'none'}")
@@ -148,7 +168,7 @@ def explain(checkpoint: Path, formats: str, component: str | None, config_file: 
         click.echo(f"publishers: {', '.join(plan.publishers) or 'none'}")
         for d in plan.decisions:
             click.echo(render_decision(d.plugin, d.distribution, d.roles, d.reason))
-        faults += found.faults
+        faults += [fault for one in found for fault in one.faults]
     for line in _settings_lines(config_file):
         click.echo(line)
     if faults:
@@ -163,17 +183,19 @@ def explain(checkpoint: Path, formats: str, component: str | None, config_file: 
 def inspect(checkpoint: Path, component: str | None, as_json: bool) -> None:
     """Show the tensors of CHECKPOINT by layer, dtype and file, its ties, and all that is wrong with it.
 
-    Reads the headers of the files and no tensor. Exits with 1 if there is a fault.
+    Of a checkpoint that was cut for several ranks, each rank's part. Reads the headers of the files and
+    no tensor. Exits with 1 if there is a fault.
 
     \b
     Examples:
       weights inspect models/llama
       weights inspect models/llama --json | jq '.[0].tensors | length'
     """
-    from weights_core.inspection import inspect as look
-
+    host = PluginHost.discover()
     with without_collecting():
-        found = [look(checkpoint, name) for name in _components(checkpoint, component)]
+        found = [
+            one for name in _components(checkpoint, component) for one in _looked(host, checkpoint, name)
+        ]
         if as_json:
             click.echo(json.dumps([one.as_dict() for one in found]))
         else:
@@ -340,14 +362,43 @@ def _components(checkpoint: Path, component: str | None) -> Sequence[str | None]
     return (component,) if component else files.components(checkpoint) or (None,)
 
 
+def _parts(
+    host: PluginHost, checkpoint: Path, component: str | None, formats: str, rank: int | None
+) -> Sequence[Part | None]:
+    """Return the parts to load of what was cut; None stands for what is whole."""
+    from weights_core.parts import parts_of
+
+    parts = parts_of(host, checkpoint, component, formats)
+    if rank is None:
+        return parts or (None,)
+    if not parts:
+        files.find(checkpoint, component)  # or there is nothing at all
+        raise click.BadParameter(f"{checkpoint} is not cut for ranks", param_hint="--rank")
+    chosen = [part for part in parts if part.rank == rank]
+    if not chosen:
+        raise click.BadParameter(
+            f"{checkpoint} was cut for ranks 0 to {len(parts) - 1}, not for {rank}", param_hint="--rank"
+        )
+    return chosen
+
+
+def _looked(host: PluginHost, checkpoint: Path, component: str | None) -> Sequence[Inspection]:
+    """Inspect a checkpoint, or each part of what was cut."""
+    from weights_core.inspection import inspect as look
+    from weights_core.parts import inspect_part, parts_of
+
+    parts = parts_of(host, checkpoint, component)
+    return [inspect_part(host, checkpoint, part) for part in parts] or [look(checkpoint, component)]
+
+
 def _read(config_file: Path | None) -> dict[str, Any] | None:
     return settings.read_toml(config_file, "--config") if config_file is not None else None
 
 
-def _picture(chart: Path | None, component: str | None) -> Path | None:
-    if chart is None or component is None:
-        return chart
-    return chart.with_stem(f"{chart.stem}-{component}")
+def _picture(chart: Path | None, component: str | None, part: Part | None, *, alone: bool) -> Path | None:
+    rank = f"rank-{part.rank}" if part and part.name else None
+    label = "-".join(filter(None, (component, rank)))
+    return chart.with_stem(f"{chart.stem}-{label}") if chart is not None and label and not alone else chart
 
 
 def _settings_lines(config_file: Path | None) -> list[str]:

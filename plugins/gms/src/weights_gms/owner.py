@@ -16,6 +16,7 @@ from weights_core.arena import ArenaSet, ArenaWriter, Manifest, Segment, padded
 from weights_core.backing import Backing, backing_for
 from weights_core.digest import checkpoint_digest
 from weights_core.errors import EngineError, LoadError, PublishError, WeightsError
+from weights_core.ranks import gather
 from weights_gms.client import Ask, Endpoint, Grant, VaultError, commit, keep, open_slot, read_manifest
 from weights_gms.holding import Holding
 
@@ -96,7 +97,7 @@ class VaultOwner(Owner):
         world = info.topology.world
 
         def tell(mine: _Rank) -> Sequence[Any]:
-            return engine.gather(mine, self._request.timeout) if world.size > 1 else [mine]
+            return gather(engine, self._request, mine, "asking for its slot") if world.size > 1 else [mine]
 
         try:
             digest, found = digest_of(self._config, self._request)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan from what Transformers says of a model: the `base_model_tp_plan` of its configuration."""
+"""A plan from what Transformers says of a model: its `tp_plan`, asked of a model without weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,17 @@ _WHAT = (
 )
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _KV = ("k_proj", "v_proj")
+_RAISED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    ArithmeticError,
+)
+_QUANTISED = ("quantization_config", "compression_config")
 
 
 @attrs.frozen
@@ -72,6 +83,12 @@ def auto_plan(root: Path, metas: Mapping[str, TensorMeta], config: Config) -> Pl
     Raises:
         PlanError: Transformers is not installed, or has no plan that fits; says what to give instead.
     """
+    quantised = [key for key in _QUANTISED if config.values.get(key)]
+    if quantised:
+        raise PlanError(
+            f"{config.path} has a {quantised[0]}, and auto does not know how scales and packed weights are "
+            f"cut: cut the unquantised checkpoint, or {_WHAT}"
+        )
     styles = _transformers_plan(root, metas)
     rules: dict[str, Rule] = {}
     used: set[str] = set()
@@ -94,7 +111,7 @@ def auto_plan(root: Path, metas: Mapping[str, TensorMeta], config: Config) -> Pl
         rule = _rule(pattern, key, style, meta, config)
         if rule is not None and rules.setdefault(pattern, rule) != rule:
             raise PlanError(f"the tensors {pattern!r} are of several shapes: {_WHAT}")
-    unused = [key for key, style in styles.items() if key not in used and style in _STYLES and _cuts(style)]
+    unused = [key for key, style in styles.items() if key not in used and _cuts(style)]
     if unused:
         raise PlanError(
             f"Transformers cuts {listed(unused)}, which the checkpoint has not under these names: {_WHAT}"
@@ -106,7 +123,7 @@ def auto_plan(root: Path, metas: Mapping[str, TensorMeta], config: Config) -> Pl
 
 
 def _cuts(style: str) -> bool:
-    return _STYLES[style].cut is not None
+    return style in _STYLES and _STYLES[style].cut is not None
 
 
 def _rule(pattern: str, key: str, style: _Style, meta: TensorMeta, config: Config) -> Rule | None:
@@ -130,37 +147,72 @@ def _rule(pattern: str, key: str, style: _Style, meta: TensorMeta, config: Confi
 
 
 def _transformers_plan(root: Path, metas: Mapping[str, TensorMeta]) -> dict[str, str]:
+    """Return what Transformers does to each module or parameter that the model has."""
     try:
         import transformers
     except ImportError as exc:
         raise PlanError(
             f"auto asks Transformers, which is not installed: pip install transformers, or {_WHAT}"
         ) from exc
+    config = _asked(
+        f"Transformers has no configuration for {root}",
+        lambda: transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False),
+    )
+    name = type(config).__name__
+    if config.get_text_config() is not config:
+        raise PlanError(f"{name} is of a model of several parts, and auto cuts text models alone: {_WHAT}")
+    if not getattr(config, "base_model_tp_plan", None):
+        raise PlanError(f"Transformers has no tensor-parallel plan for {name}: {_WHAT}")
+    model = _asked(f"Transformers cannot make a model of {name}", lambda: _empty(transformers, config))
+    keep, tied = _parameters(model, metas)
+    given = getattr(model, "tp_plan", None) or {}
+    plan = {key: style for key, style in given.items() if key in keep and key not in tied}
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in metas):
+        return plan
+    return {key.removeprefix(prefix): style for key, style in plan.items() if key.startswith(prefix)}
+
+
+def _asked(what: str, ask: Callable[[], Any]) -> Any:
+    """Ask Transformers, which a config.json can have raise many things.
+
+    Raises:
+        PlanError: it raised one.
+    """
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(
-            root, local_files_only=True, trust_remote_code=False
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as exc:  # whatever a config.json lets it raise
+        return ask()
+    except _RAISED as exc:
         why = " ".join(str(exc).split())[:300]
-        raise PlanError(f"Transformers has no configuration for {root} ({why}): {_WHAT}") from exc
-    base = getattr(config, "base_model_tp_plan", None) or {}
-    if not base:
-        raise PlanError(f"Transformers has no tensor-parallel plan for {type(config).__name__}: {_WHAT}")
+        raise PlanError(f"{what} ({why}): {_WHAT}") from exc
+
+
+def _empty(transformers: Any, config: Any) -> Any:
+    """Return a model without memory, of the class that the configuration names."""
+    import torch
+
     names = getattr(config, "architectures", None) or []
-    model = getattr(transformers, names[0], None) if names else None
-    head = getattr(model, "_tp_plan", None) or {}
-    prefix = f"{getattr(model, 'base_model_prefix', '') or 'model'}."
-    if not any(name.startswith(prefix) for name in metas):
-        prefix = ""
-    plan = {prefix + key: style for key, style in base.items()}
-    present = {_NUMBER.sub("*", name).rpartition(".")[0] for name in metas}
-    return plan | {key: style for key, style in head.items() if key in present}
+    made: Any = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        made = transformers.AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return made(config)
+
+
+def _parameters(model: Any, metas: Mapping[str, TensorMeta]) -> tuple[set[str], set[str]]:
+    """Return the names that a plan may give a model's parameters, and those that stand for others of them.
+
+    A plan also names what only other models of its kind have: dense layers where all are experts.
+    """
+    keep: set[str] = set()
+    tied: set[str] = set()
+    for name in dict(model.named_parameters(remove_duplicate=False)):
+        pattern = _NUMBER.sub("*", name)
+        keep |= {pattern, pattern.rpartition(".")[0]}
+    for name in getattr(model, "all_tied_weights_keys", None) or ():
+        pattern = _NUMBER.sub("*", name)
+        if name not in metas:
+            tied |= {pattern, pattern.rpartition(".")[0]}
+    return keep, tied
 
 
 def _as_toml(rule: Rule) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `weights check presharded` tries the plugin on: folders that were cut for one rank."""
+"""What `weights check presharded` tries the plugin on: folders that were cut for one rank, and a peer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,30 @@ if TYPE_CHECKING:
     from weights_core.testing.contract import Subject
 
 SETTINGS: Mapping[str, Any] = {"source": False, "target": False}
-"""No peers: what they have is not what the clauses prepare."""
-
+"""For folders: what peers have is not what the clauses prepare."""
 
 EXCLUSIONS = {
     "bytes_read_are_those_delivered": "a part of a tensor is read whole, to be verified; engines take what "
     "was cut for them whole, and then it is exact"
 }
+
+PEER_EXCLUSIONS = {
+    "a_damaged_checkpoint_is_an_error": "peers are asked for the weights of a digest, and nobody has "
+    "those of damaged files: none serves, and the disk, which reads them, says what is wrong with them"
+}
+"""For both ways in which a peer's weights land."""
+OWN_EXCLUSIONS = PEER_EXCLUSIONS | {
+    "what_was_released_is_freed": "the tensors become the engine's parameters by `bind`, without a copy, so "
+    "there is nothing besides the model that could be freed"
+}
+"""Where they land in memory of their own."""
+
+
+def peer_settings(folder: Path, *, in_place: bool) -> dict[str, Any]:
+    """Return the settings of an engine that pulls what `Neighbour.prepare` has served."""
+    from weights_presharded.peer.neighbour import REGISTRY
+
+    return {"registry": str(folder / REGISTRY), "source": False, "target": True, "in_place": in_place}
 
 
 def prepare(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
@@ -48,13 +65,30 @@ def oracle(path: Path) -> dict[str, torch.Tensor]:
 
 def subjects(settings: Mapping[str, object]) -> list[tuple[Subject, Mapping[str, str]]]:
     """Return what to try, the plugin as a source of such folders, and what cannot hold."""
-    from weights_core.testing.checkpoints import every_dtype
+    from weights_core.testing.checkpoints import every_dtype, read_with_safetensors
     from weights_core.testing.contract.model import Subject
     from weights_core.types import Role
+    from weights_presharded.peer.neighbour import Neighbour
     from weights_presharded.plugin import PreshardedPlugin
 
-    subject = Subject(
+    neighbour = Neighbour()
+
+    def from_a_peer(*, in_place: bool) -> Subject:
+        where = "its parameters" if in_place else "memory of their own"
+        return Subject(
+            name="presharded",
+            what=f"of what a peer has, into {where}",
+            plugin=PreshardedPlugin,
+            role=Role.SOURCE,
+            config=lambda folder: {**peer_settings(folder, in_place=in_place), **settings},
+            prepare=neighbour.prepare,
+            oracle=read_with_safetensors,
+            dtypes=every_dtype(),
+        )
+
+    from_disk = Subject(
         name="presharded",
+        what="of folders that were cut",
         plugin=PreshardedPlugin,
         role=Role.SOURCE,
         config=lambda _folder: {**SETTINGS, **settings},
@@ -62,4 +96,8 @@ def subjects(settings: Mapping[str, object]) -> list[tuple[Subject, Mapping[str,
         oracle=oracle,
         dtypes=every_dtype(),
     )
-    return [(subject, EXCLUSIONS)]
+    return [
+        (from_disk, EXCLUSIONS),
+        (from_a_peer(in_place=True), PEER_EXCLUSIONS),
+        (from_a_peer(in_place=False), OWN_EXCLUSIONS),
+    ]

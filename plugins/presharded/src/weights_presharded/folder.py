@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from weights_core import Declined, FormatClaim, Layout, LoadRequest, Role
+import attrs
+
+from weights_core import Declined, EngineInfo, FormatClaim, Layout, LoadRequest, Role, Topology
 from weights_core.errors import CheckpointError
-from weights_core.types import Fit
-from weights_presharded.manifest import JOURNAL, RANK_FOLDER, READY, RankManifest, Ready
-from weights_presharded.vllm import is_vllm
+from weights_core.types import Axis, Fit, Part
+from weights_presharded.manifest import JOURNAL, RANK_FOLDER, READY, RankManifest, Ready, said
+from weights_presharded.vllm import is_vllm, ranks_of
 
 if TYPE_CHECKING:
     from weights_core import WeightSet
@@ -50,12 +52,38 @@ def claim_of(request: LoadRequest) -> FormatClaim | None:
     if kind is None:
         return None
     layout, reason = Layout.SHARDED, f"{root} was cut for ranks: this rank's files, and no other"
-    if kind == "ready":
-        try:
-            layout = Ready.read(root).layout
-        except CheckpointError as exc:
-            reason = exc.brief  # said again, as an error, by the load
-    return FormatClaim(roles={Role.SOURCE}, layouts={layout}, fit=Fit.BEST, reason=reason)
+    parts = [Part(engine=_engine(request))]
+    try:
+        if kind == "ready":
+            ready = Ready.read(root)
+            layout, parts = ready.layout, _parts(ready, request)
+        elif kind == "vllm":
+            size = ranks_of(root)
+            parts = [Part(engine=_engine(request, Topology.tensor_parallel(size, r))) for r in range(size)]
+    except CheckpointError as exc:
+        reason = exc.brief  # said again, as an error, by the load
+    return FormatClaim(roles={Role.SOURCE}, layouts={layout}, fit=Fit.BEST, reason=reason, parts=parts)
+
+
+def _engine(request: LoadRequest, topology: Topology | None = None) -> EngineInfo:
+    return EngineInfo(
+        name="any", version="", component=request.engine.component, topology=topology or Topology()
+    )
+
+
+def _parts(ready: Ready, request: LoadRequest) -> list[Part]:
+    """Return a part for each rank, and for the engine that may load it."""
+    made = f"saved by {ready.maker.name} {ready.maker.version}" if ready.maker else "cut by a plan"
+    note = f"presharded: {made} for {said(ready.axes)}, of the checkpoint {ready.digest}"
+    parts = []
+    for number, rank in enumerate(ready.ranks):
+        axes = {name: Axis(size, rank.axes[name]) for name, size in ready.axes.items()}
+        info = _engine(request, Topology(Axis(len(ready.ranks), number), axes))
+        info = attrs.evolve(info, component=info.component or ready.component)
+        if ready.maker is not None:
+            info = attrs.evolve(info, **attrs.asdict(ready.maker))
+        parts.append(Part(engine=info, notes=(note,)))
+    return parts
 
 
 def open_folder(request: LoadRequest, *, verify: bool) -> WeightSet:

@@ -111,6 +111,7 @@ class PreshardedPlugin(ProviderPlugin[PreshardedConfig]):
             layouts=on_disk.layouts if on_disk and not asks.open else {Layout.SHARDED, Layout.FINAL},
             fit=on_disk.fit if on_disk else Fit.POSSIBLE,
             publish_at=serves.layout if isinstance(serves, gates.Serving) else None,
+            parts=on_disk.parts if on_disk else (),
             reason=f"{on_disk.reason if on_disk else 'this rank alone'}; {peers}; {what}",
         )
 

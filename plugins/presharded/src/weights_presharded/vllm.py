@@ -67,6 +67,15 @@ def open_vllm(folder: Path, info: EngineInfo) -> RankSet:
     return RankSet(inner, layout=Layout.SHARDED, notes=(note,))
 
 
+def ranks_of(folder: Path) -> int:
+    """Return for how many ranks a folder was saved.
+
+    Raises:
+        CheckpointError: files are missing.
+    """
+    return len(_parts(folder))
+
+
 def _parts(folder: Path) -> list[int]:
     """Return the number of parts of each rank."""
     found: dict[int, set[int]] = {}

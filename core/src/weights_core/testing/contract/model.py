@@ -51,6 +51,7 @@ class Subject:
     `oracle(path)` reads the same back and must not use the plugin. `offered(receipt)` reads what a
     publisher offers, again without the plugin. `dtypes` are those that the plugin's format can
     hold, F32 and U8 among them; `settle` is how many seconds it may take to give back what it held.
+    `what` tells one subject from others of the same role, for headings.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Subject:
     offered: Callable[[Any], Tensors] | None = None
     dtypes: Collection[str]
     settle: float = 2.0
+    what: str = ""
 
     def __attrs_post_init__(self) -> None:
         if not {"F32", "U8"} <= set(self.dtypes):

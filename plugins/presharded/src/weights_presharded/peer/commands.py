@@ -57,7 +57,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
 def _table(name: str, found: Sequence[Entry]) -> str:
     if not found:
         return f"no source is in {name}"
-    lines = [f"{len(found)} sources in {name}"]
+    lines = [f"{len(found)} source{'s' * (len(found) != 1)} in {name}"]
     for entry in found:
         identity = entry.identity
         state = (

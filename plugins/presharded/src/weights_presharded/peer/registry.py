@@ -124,7 +124,9 @@ class DirectoryRegistry(Registry):
                 raise RegistryError(f"{self.folder} cannot be made: its parent is not there") from None
             raise
         except place.PlaceError as exc:
-            raise RegistryError(f"registry: {exc}") from exc
+            raise RegistryError(
+                f"registry: {exc}; mend that, or set registry=FOLDER, a folder of yours"
+            ) from exc
         try:
             yield folder
         except FileNotFoundError:

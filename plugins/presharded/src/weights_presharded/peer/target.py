@@ -16,7 +16,8 @@ from weights_core import Declined, Identity, Layout, LoadFailed
 from weights_core.arena import ArenaWriter, Manifest
 from weights_core.backing import backing_for
 from weights_core.digest import checkpoint_digest
-from weights_core.errors import WeightsError
+from weights_core.errors import RanksDisagreeError, WeightsError
+from weights_core.ranks import gather
 from weights_presharded.peer import catalog
 from weights_presharded.peer.client import BusyError, Connection, GoneError, PeerError, ask
 from weights_presharded.peer.entry import Entry
@@ -114,12 +115,17 @@ class Target:
 
         Raises:
             Declined, LoadFailed: one can't; says which and why.
+            RanksDisagreeError: one stays away.
         """
         world = self._request.engine.topology.world
         mine = ("presharded", why_not, self._wrote)
         everyone: Sequence[object] = [mine]
         if world.size > 1:
-            everyone = self._engine.gather(mine, self._request.timeout)
+            try:
+                everyone = gather(self._engine, self._request, mine, "asking peers")
+            except RanksDisagreeError as exc:
+                exc.mutated = self._wrote
+                raise
         for rank, theirs in enumerate(everyone):
             if not (isinstance(theirs, tuple | list) and len(theirs) == 3 and theirs[0] == "presharded"):
                 raise LoadFailed(f"rank {rank} is at another step: {theirs!r}", mutated=self._wrote)

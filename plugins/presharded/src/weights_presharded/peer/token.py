@@ -62,7 +62,7 @@ def own_token(folder: str, owners: Collection[int]) -> bytes:
     except FileNotFoundError:
         raise TokenError(f"{folder} cannot be made: its parent is not there") from None
     except place.PlaceError as exc:
-        raise TokenError(str(exc)) from exc
+        raise TokenError(f"{exc}; mend that, or set registry=FOLDER, a folder of yours") from exc
     try:
         if not os.path.exists(place.through(opened, NAME)):
             _make(opened)
