@@ -84,9 +84,11 @@ class ModelWeights(WeightSetWrapper):
             block = _as_stored(self._recipes[name])
             if block is not None and self._uses[block.meta.name] == 1:
                 sources[block.meta.name], parts[block.meta.name] = name, block.slices
+        done: list[str] = []
         for source, tensor in self.inner.mapped(parts):
-            self._used(source)
+            done.append(source)
             yield sources[source], tensor
+        self.inner.release(done)  # nothing waits for it, as no memory was taken
 
     def release(self, names: Iterable[str]) -> int:
         """Do nothing: `fill` has released what the tensors were made of."""
