@@ -157,16 +157,26 @@ def slices_of(index: Any) -> tuple[slice, ...] | None:
 
 
 def values(metas: Mapping[str, TensorMeta], tracer: Tracer) -> dict[str, Any]:
-    """Return a state dict to trace with."""
+    """Return a state dict to trace with.
+
+    The traced tensors are made before they are asked for: Transformers asks in threads, and what these
+    do in Python they wait for each other to do.
+    """
+    made = {name: _read_part(meta, (), tracer) for name, meta in metas.items()}
 
     def take(meta: TensorMeta, index: Any) -> torch.Tensor:
         tracer.asked.add(meta.name)
         slices = slices_of(index)
-        pieces = recipes.part(meta, slices or None)
-        made = Traced.of(pieces, torch.empty(pieces.shape, dtype=pieces.dtype, device="meta"), tracer)
-        return made if slices is not None else made[index]
+        first = None if slices else made.pop(meta.name, None)  # who asks again gets another
+        tensor = first if first is not None else _read_part(meta, slices or (), tracer)
+        return tensor if slices is not None else tensor[index]
 
     return {name: Value(meta, take) for name, meta in metas.items()}
+
+
+def _read_part(meta: TensorMeta, slices: tuple[slice, ...], tracer: Tracer) -> Traced:
+    pieces = recipes.part(meta, slices or None)
+    return Traced.of(pieces, torch.empty(pieces.shape, dtype=pieces.dtype, device="meta"), tracer)
 
 
 def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Any:
