@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -32,10 +32,19 @@ class ModelWeights(WeightSetWrapper):
     """
 
     def __init__(
-        self, inner: WeightSet, recipes: Mapping[str, Recipe], like: Mapping[str, torch.Tensor]
+        self,
+        inner: WeightSet,
+        recipes: Mapping[str, Recipe],
+        like: Mapping[str, torch.Tensor],
+        *,
+        map_files: bool = False,
     ) -> None:
-        """Map `inner` by `recipes`; `like` has the shape and dtype of each tensor."""
+        """Map `inner` by `recipes`; `like` has the shape and dtype of each tensor.
+
+        With `map_files` what is converted is taken from where it lies in the files.
+        """
         super().__init__(inner)
+        self._map_files = map_files
         self._recipes = recipes
         self._metas = MappingProxyType({name: _meta(name, recipes[name], like[name]) for name in recipes})
         self._uses = Counter(name for recipe in recipes.values() for name in _sources(recipe))
@@ -147,7 +156,7 @@ class ModelWeights(WeightSetWrapper):
 
         pending: deque[tuple[str, int, Future[None]]] = deque()
         with ThreadPoolExecutor(CONVERTING, "weights-convert") as pool:
-            for name, tensor in self.inner.stream(jobs):
+            for name, tensor in self._stored(jobs.keys()):
                 pending.append((name, tensor.nbytes, pool.submit(convert, name, tensor)))
                 del tensor
                 while len(pending) > CONVERTING or sum(size for _, size, _ in pending) > IN_FLIGHT:
@@ -157,6 +166,18 @@ class ModelWeights(WeightSetWrapper):
             for done, _, future in pending:
                 future.result()
                 yield from jobs[done]
+
+    def _stored(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors to convert; the pages of those that are mapped go back with them."""
+        left = dict.fromkeys(names)
+        if self._map_files:
+            for name, tensor in self.inner.mapped(names):
+                del left[name]
+                item = [(name, tensor)]
+                del tensor
+                yield item.pop()  # kept here, it would outlive what is made of it
+        if left:
+            yield from self.inner.stream(left.keys())
 
     def _used(self, name: str) -> None:
         self._uses[name] -= 1
