@@ -35,19 +35,25 @@ class TransformersEngine(TorchEngine):
         engine: str = "transformers",
         role: str = "main",
         component: str | None = None,
+        map_files: bool = True,
     ) -> None:
-        """Take over a trace; `device` is where the weights are to live, `engine` what runs them."""
+        """Take over a trace; `device` is where the weights are to live, `engine` what runs them.
+
+        `map_files` is `TorchEngine`'s.
+        """
         meshes = [cut.mesh for cut in trace.cuts.values()]
         super().__init__(
             trace.model,
             device=device,
             role=role,
             component=component,
+            map_files=map_files,
             topology=topology_of(meshes[0]) if meshes else None,
             gather=Group().gather if meshes else None,
             mutates_after_load=_trained(trace),
         )
         self._trace = trace
+        self._maps_files = map_files and device == "cpu"
         self._own = attrs.evolve(
             super().info,
             name=engine,
@@ -77,7 +83,8 @@ class TransformersEngine(TorchEngine):
                 why = f"is {metas[name].dtype} {list(metas[name].shape)}, was {due.dtype} {list(due.shape)}"
                 raise CoverageError(f"tensor {name!r} {why} when the model was built", mismatched={name: why})
         unused = self.unused(weights)
-        done = super().apply(ModelWeights(weights, self._trace.recipes, self.tensors(Layout.SHARDED)))
+        tensors = self.tensors(Layout.SHARDED)
+        done = super().apply(ModelWeights(weights, self._trace.recipes, tensors, map_files=self._maps_files))
         self._tie()
         held = self._trace.held
         return attrs.evolve(done, written=done.written - held.keys(), defaulted=held, unused=tuple(unused))

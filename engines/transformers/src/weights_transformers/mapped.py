@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -14,8 +14,8 @@ import torch
 
 from weights_core import Target, TensorMeta, WeightSet, WeightSetWrapper, dtypes
 from weights_core.tensors import empty, nbytes
-from weights_core.weightset import Slices, normalise
-from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves
+from weights_core.weightset import Parts, Slices, normalise
+from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves, part
 
 CONVERTING = 4
 """Threads that convert."""
@@ -32,10 +32,19 @@ class ModelWeights(WeightSetWrapper):
     """
 
     def __init__(
-        self, inner: WeightSet, recipes: Mapping[str, Recipe], like: Mapping[str, torch.Tensor]
+        self,
+        inner: WeightSet,
+        recipes: Mapping[str, Recipe],
+        like: Mapping[str, torch.Tensor],
+        *,
+        map_files: bool = False,
     ) -> None:
-        """Map `inner` by `recipes`; `like` has the shape and dtype of each tensor."""
+        """Map `inner` by `recipes`; `like` has the shape and dtype of each tensor.
+
+        With `map_files` what is converted is taken from where it lies in the files.
+        """
         super().__init__(inner)
+        self._map_files = map_files
         self._recipes = recipes
         self._metas = MappingProxyType({name: _meta(name, recipes[name], like[name]) for name in recipes})
         self._uses = Counter(name for recipe in recipes.values() for name in _sources(recipe))
@@ -75,6 +84,20 @@ class ModelWeights(WeightSetWrapper):
             for name in _sources(self._recipes[target.name]):
                 self._used(name)
             yield target
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Map the tensors that are stored as they are needed, each alone; release what they are of."""
+        sources: dict[str, str] = {}
+        parts: dict[str, Slices | None] = {}
+        for name in self._recipes if names is None else names:
+            block = _as_stored(self._recipes[name])
+            if block is not None and self._uses[block.meta.name] == 1:
+                sources[block.meta.name], parts[block.meta.name] = name, block.slices
+        done: list[str] = []
+        for source, tensor in self.inner.mapped(parts):
+            done.append(source)
+            yield sources[source], tensor
+        self.inner.release(done)  # nothing waits for it, as no memory was taken
 
     def release(self, names: Iterable[str]) -> int:
         """Do nothing: `fill` has released what the tensors were made of."""
@@ -133,7 +156,7 @@ class ModelWeights(WeightSetWrapper):
 
         pending: deque[tuple[str, int, Future[None]]] = deque()
         with ThreadPoolExecutor(CONVERTING, "weights-convert") as pool:
-            for name, tensor in self.inner.stream(jobs):
+            for name, tensor in self._stored(jobs.keys()):
                 pending.append((name, tensor.nbytes, pool.submit(convert, name, tensor)))
                 del tensor
                 while len(pending) > CONVERTING or sum(size for _, size, _ in pending) > IN_FLIGHT:
@@ -143,6 +166,18 @@ class ModelWeights(WeightSetWrapper):
             for done, _, future in pending:
                 future.result()
                 yield from jobs[done]
+
+    def _stored(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors to convert; the pages of those that are mapped go back with them."""
+        left = dict.fromkeys(names)
+        if self._map_files:
+            for name, tensor in self.inner.mapped(names):
+                del left[name]
+                item = [(name, tensor)]
+                del tensor
+                yield item.pop()  # kept here, it would outlive what is made of it
+        if left:
+            yield from self.inner.stream(left.keys())
 
     def _used(self, name: str) -> None:
         self._uses[name] -= 1
@@ -169,6 +204,16 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         yield from (block.meta.name for block in recipe.blocks)
     else:
         yield from {block.meta.name for one in leaves(recipe) for block in one.blocks}
+
+
+def _as_stored(recipe: Recipe) -> Block | None:
+    """Return the block that is the whole tensor, in the dtype that it is stored in, if there is one."""
+    if not isinstance(recipe, Pieces) or len(recipe.blocks) != 1:
+        return None
+    block = recipe.blocks[0]
+    whole = part(block.meta, block.slices)
+    is_whole = (whole.shape, whole.blocks[0].region) == (recipe.shape, block.region)
+    return block if is_whole and block.dtype == recipe.dtype else None
 
 
 def _meta(name: str, recipe: Recipe, like: torch.Tensor) -> TensorMeta:
