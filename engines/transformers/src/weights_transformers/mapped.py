@@ -15,7 +15,7 @@ import torch
 from weights_core import Target, TensorMeta, WeightSet, WeightSetWrapper, dtypes
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import Parts, Slices, normalise
-from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves, part
+from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves
 
 CONVERTING = 4
 """Threads that convert."""
@@ -211,9 +211,8 @@ def _as_stored(recipe: Recipe) -> Block | None:
     if not isinstance(recipe, Pieces) or len(recipe.blocks) != 1:
         return None
     block = recipe.blocks[0]
-    whole = part(block.meta, block.slices)
-    is_whole = (whole.shape, whole.blocks[0].region) == (recipe.shape, block.region)
-    return block if is_whole and block.dtype == recipe.dtype else None
+    fills_all = block.region == tuple(slice(0, size) for size in recipe.shape)
+    return block if fills_all and block.dtype == recipe.dtype else None
 
 
 def _meta(name: str, recipe: Recipe, like: torch.Tensor) -> TensorMeta:
