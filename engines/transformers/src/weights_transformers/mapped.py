@@ -91,7 +91,8 @@ class ModelWeights(WeightSetWrapper):
         parts: dict[str, Slices | None] = {}
         for name in self._recipes if names is None else names:
             block = _as_stored(self._recipes[name])
-            if block is not None and self._uses[block.meta.name] == 1:
+            is_part = isinstance(names, Mapping) and names[name] is not None
+            if block is not None and not is_part and self._uses[block.meta.name] == 1:
                 sources[block.meta.name], parts[block.meta.name] = name, block.slices
         done: list[str] = []
         for source, tensor in self.inner.mapped(parts):
