@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -36,7 +37,8 @@ class ShardSet(WeightSet):
         self._metas = MappingProxyType({name: s.metas[name] for name, s in self._home.items()})
         self._position = {name: index for index, name in enumerate(self._metas)}
         self._notes = notes
-        self._bytes = self._mapped = 0
+        self._bytes = 0
+        self._lent: list[weakref.ref[torch.UntypedStorage]] = []
         self._lock = threading.Lock()
 
     @property
@@ -51,12 +53,14 @@ class ShardSet(WeightSet):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was passed over, and how much the engine uses where it lies."""
-        if not self._mapped:
+        """What was passed over, and how much is in use where it lies."""
+        storages = (ref() for ref in self._lent)
+        size = sum(storage.nbytes() for storage in storages if storage is not None)
+        if not size:
             return self._notes
         return (
             *self._notes,
-            f"{self._mapped / 1e6:,.1f} MB are used where they lie in the files, which must not be "
+            f"{size / 1e6:,.1f} MB are used where they lie in the files, which must not be "
             "overwritten in place while the model lives",
         )
 
@@ -88,7 +92,7 @@ class ShardSet(WeightSet):
         if tensor is not None:
             with self._lock:
                 self._bytes += tensor.nbytes
-                self._mapped += tensor.nbytes
+                self._lent.append(weakref.ref(tensor.untyped_storage()))
             yield name, tensor
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:

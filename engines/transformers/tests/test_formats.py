@@ -22,6 +22,7 @@ from weights_core.errors import (
 )
 from weights_core.shards import open_shards
 from weights_core.testing import host_of
+from weights_presharded import shard
 from weights_transformers import from_pretrained, load, open_engine
 
 MODELS = ["llama", "qwen3-tied", "mixtral"]
@@ -222,3 +223,14 @@ def test_a_load_that_fails_leaves_the_engine_as_it_was(saved):
         w.load(engine, path, "breaking", host=host_of(block=["disk"], breaking=BreakingPlugin))
     assert engine.untouched()
     assert all(parameter.is_meta for parameter in engine.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
+def test_a_folder_that_was_cut(saved, logits, tmp_path, name):
+    """The engine is opened from the checkpoint, for its configuration; the weights come from the cut one."""
+    path = saved(name)
+    shard(path, tmp_path / "cut", size=1)
+    engine = open_engine(AutoModelForCausalLM, path)
+    report = w.load(engine, tmp_path / "cut", "presharded")
+    assert report.provider == "presharded"
+    assert torch.equal(logits(engine.model), logits(AutoModelForCausalLM.from_pretrained(path)))

@@ -15,7 +15,7 @@ import torch
 from weights_core import Target, TensorMeta, WeightSet, WeightSetWrapper, dtypes
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import Parts, Slices, normalise
-from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves, part
+from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves
 
 CONVERTING = 4
 """Threads that convert."""
@@ -91,7 +91,8 @@ class ModelWeights(WeightSetWrapper):
         parts: dict[str, Slices | None] = {}
         for name in self._recipes if names is None else names:
             block = _as_stored(self._recipes[name])
-            if block is not None and self._uses[block.meta.name] == 1:
+            is_part = isinstance(names, Mapping) and names[name] is not None
+            if block is not None and not is_part and self._uses[block.meta.name] == 1:
                 sources[block.meta.name], parts[block.meta.name] = name, block.slices
         done: list[str] = []
         for source, tensor in self.inner.mapped(parts):
@@ -211,9 +212,8 @@ def _as_stored(recipe: Recipe) -> Block | None:
     if not isinstance(recipe, Pieces) or len(recipe.blocks) != 1:
         return None
     block = recipe.blocks[0]
-    whole = part(block.meta, block.slices)
-    is_whole = (whole.shape, whole.blocks[0].region) == (recipe.shape, block.region)
-    return block if is_whole and block.dtype == recipe.dtype else None
+    fills_all = block.region == tuple(slice(0, size) for size in recipe.shape)
+    return block if fills_all and block.dtype == recipe.dtype else None
 
 
 def _meta(name: str, recipe: Recipe, like: torch.Tensor) -> TensorMeta:
