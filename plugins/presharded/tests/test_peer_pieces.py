@@ -14,7 +14,7 @@ from weights_core.backing import HostBacking
 from weights_core.memory import HostSegment
 from weights_core.testing import FakeEngine, host_of, write_checkpoint
 from weights_core.testing.leftovers import Held
-from weights_presharded.peer import catalog, copying, hashing, landing
+from weights_presharded.peer import catalog, copying, hashing, landing, server
 from weights_presharded.peer.client import PeerError
 from weights_presharded.peer.copying import Check, Copy, Pool
 from weights_presharded.peer.gates import Serving
@@ -106,6 +106,25 @@ def test_a_report_that_is_kept_keeps_no_weights(tmp_path):
     gc.collect()
     assert not any(line.startswith(mapped) for line in Path("/proc/self/maps").read_text().splitlines())
     assert report.receipts
+
+
+def test_a_source_that_begins_is_not_swept_up_by_another(load, tmp_path, monkeypatch):
+    """Ranks start together, and each takes away the sockets where nobody listens."""
+    _, load = load
+    chmod, swept = os.chmod, []
+
+    def meanwhile(path, mode):
+        if str(path).startswith("/proc/self/fd/"):
+            server._sweep(str(tmp_path / "peers"))
+            swept.append(path)
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", meanwhile)
+    _, report = load(meta=False)
+    assert swept
+    assert report.receipts
+    _, report = load(meta=True, source=False)
+    assert report.provider == "presharded", report.attempts
 
 
 def offered(tensors):

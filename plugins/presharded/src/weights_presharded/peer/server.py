@@ -342,9 +342,13 @@ class Server:
             name = os.path.basename(self.entry.socket)
             listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             try:
-                listening.bind(place.through(folder, name))
-                os.chmod(place.through(folder, name), 0o600 if len(self._owners) == 1 else 0o666)
+                part = (
+                    f".{name}.part"  # whoever sweeps up takes a socket where nobody listens for a dead one's
+                )
+                listening.bind(place.through(folder, part))
+                os.chmod(place.through(folder, part), 0o600 if len(self._owners) == 1 else 0o666)
                 listening.listen(MAX_PEERS)
+                os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
                 listening.setblocking(False)
             except BaseException:
                 listening.close()
