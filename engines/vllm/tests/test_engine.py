@@ -118,6 +118,19 @@ def test_a_set_that_fills_brings_its_tensors_into_the_parameters_own_memory():
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
 
 
+def test_what_was_cut_from_a_checkpoint_may_lack_buffers_that_no_checkpoint_has():
+    model, tensors = blank(Model()), due(checkpoint())
+    with pytest.raises(CoverageError, match=r"missing 1 tensor: attention\.scale"):
+        engine_of(model).bind(Held(tensors))  # it was shared, so it should be there
+    given = Held(tensors)
+    given.fills = True
+    applied = engine_of(model).bind(given)
+    assert applied.written == tensors.keys()
+    assert applied.defaulted == {"attention.scale": "a buffer keeps what vLLM made it with"}
+    assert holds(model, tensors)
+    assert model.attention.scale == 1
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -340,6 +353,38 @@ def test_a_source_that_fails_half_way_is_followed_by_the_next(folder):
     model = blank(Model())
     report = w.load(engine_of(model, folder), folder, host=host_of(breaks=BreaksPlugin))
     assert report.provider == "disk"
+    assert holds(model, due(checkpoint()))
+
+
+class GoesAway(Held):
+    """Of which all but the last tensor arrives."""
+
+    fills = True
+
+    def read_into(self, name, out, slices=None):
+        if name == list(self.metas)[-1]:
+            raise w.LoadFailed("the peer is gone", mutated=True)
+        super().read_into(name, out, slices)
+
+
+class GoesAwayPlugin:
+    weights_api = 1
+
+    @w.hookimpl
+    def resolve_format(self):
+        return w.FormatClaim(roles={w.Role.SOURCE}, layouts={w.Layout.SHARDED}, reason="goes away")
+
+    @w.hookimpl
+    def load_weights(self):
+        tensors = sharded(seed=1)
+        return GoesAway({"attention.scale": tensors.pop("attention.scale"), **tensors})
+
+
+def test_a_shard_that_fails_half_way_leaves_no_buffer_behind(folder):
+    model = blank(Model())
+    report = w.load(engine_of(model, folder), folder, host=host_of(away=GoesAwayPlugin))
+    assert report.provider == "disk"
+    assert model.attention.scale == 1
     assert holds(model, due(checkpoint()))
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class VllmEngine(Engine):
         self._model: nn.Module | None = None
         self._originals: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers_made: dict[str, torch.Tensor] = {}
         self._before: Mapping[str, object] | None = None
         self._touched = False
         self._transformed = False
@@ -120,7 +121,8 @@ class VllmEngine(Engine):
         if weights.layout is not Layout.SHARDED:
             raise EngineError(_not_final(self._info.device))
         parameters, buffers = self._parameters(), _persistent_buffers(self.model)
-        named = self._fitting(weights.metas)
+        named = self._fitting(weights.metas, buffers if weights.fills else ())
+        self._buffers_made = self._buffers_made or _copies(buffers)
         if weights.fills:
             return self._fill(weights, named, parameters | buffers)
         read = dict(weights.stream(named.values()))
@@ -157,7 +159,7 @@ class VllmEngine(Engine):
         if self.unshareable is not None:
             raise EngineError(f"{self._info.model} cannot be shared: {self.unshareable}")
         if not self._buffers:
-            self._buffers = {n: b.detach().clone() for n, b in _persistent_buffers(self.model).items()}
+            self._buffers = _copies(_persistent_buffers(self.model))
         return self._parameters() | self._buffers
 
     def untouched(self) -> bool:
@@ -180,6 +182,8 @@ class VllmEngine(Engine):
         parameters = self._parameters()
         for name, data in self._originals.items():
             parameters[name].data = data
+        for name, made in self._buffers_made.items():
+            self.model.get_buffer(name).copy_(made)
         self._originals = {}
         self._buffers = {}
         self._touched = False
@@ -192,6 +196,7 @@ class VllmEngine(Engine):
         """Let go of what the load replaced."""
         self._originals = {}
         self._buffers = {}
+        self._buffers_made = {}
 
     def gather(self, value: object, timeout: float) -> Sequence[object]:
         """Ask the other ranks of vLLM's world group."""
@@ -209,8 +214,9 @@ class VllmEngine(Engine):
             written.append(ours[target.name])
             weights.release([target.name])
         weights.release(spare)
+        made = dict.fromkeys(tensors.keys() - named, "a buffer keeps what vLLM made it with")
         host = sum(nbytes(t) for t in self._parameters().values() if t.device.type == "cpu")
-        return Applied(written=written, unused=(), host_bytes=host)
+        return Applied(written=written, defaulted=made, unused=(), host_bytes=host)
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_parameters())
@@ -219,8 +225,11 @@ class VllmEngine(Engine):
         for name, parameter in parameters.items():
             self._originals.setdefault(name, parameter.data)
 
-    def _fitting(self, metas: Mapping[str, TensorMeta]) -> dict[str, str]:
+    def _fitting(self, metas: Mapping[str, TensorMeta], spared: Collection[str]) -> dict[str, str]:
         """Return under which name the set has each tensor: a tied one may go by any of its names.
+
+        Those that are `spared` may be left out: what was cut from a checkpoint has no buffers that a
+        checkpoint has not.
 
         Raises:
             CoverageError: they are not this rank's tensors.
@@ -238,7 +247,7 @@ class VllmEngine(Engine):
             for one in ties.get(name, ())
             if one in metas and _at_one_place(metas[one], metas[theirs])
         }
-        missing = [name for name in due if name not in named]
+        missing = [name for name in due if name not in named and name not in spared]
         unexpected = sorted(metas.keys() - named.values() - twins)
         mismatched = {
             theirs: f"{have.dtype} {list(have.shape)}, need {need.dtype} {list(need.shape)}"
@@ -313,6 +322,10 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _ties(model: nn.Module) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader import BaseModelLoader
 from weights_core import Layout, Session, explain, open_session
 from weights_core.errors import CleanupError, EngineError
 from weights_vllm import ranks, version
-from weights_vllm.describe import checkpoint_of, describe, group_of, role_of, why_alone
+from weights_vllm.describe import checkpoint_of, describe, group_of, role_of, tie_again, why_alone
 from weights_vllm.engine import VllmEngine
 from weights_vllm.parameters import without_memory
 from weights_vllm.settings import NAME, settings_of
@@ -133,6 +133,8 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
 
 
 def _engine(vllm_config: VllmConfig, model_config: ModelConfig, load_config: LoadConfig) -> VllmEngine:
+    checkpoint = checkpoint_of(model_config, load_config)
+    tie_again(model_config, checkpoint)
     info = describe(vllm_config, model_config)
     group = group_of(vllm_config, info.role).cpu_group
-    return VllmEngine(info, checkpoint_of(model_config, load_config), functools.partial(ranks.gather, group))
+    return VllmEngine(info, checkpoint, functools.partial(ranks.gather, group))

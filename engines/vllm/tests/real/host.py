@@ -26,12 +26,31 @@ def seen_by_workers(model):
     }
 
 
+def memory_of_worker(worker):
+    """Ask as vLLM's worker does before it loads; the device is made up: of 8 GiB, all free but what is held."""
+    from types import SimpleNamespace
+
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.v1.worker.utils import request_memory
+
+    config = worker.vllm_config
+    with set_current_vllm_config(config):
+        held = get_model_loader(config.load_config).get_external_weight_memory(config)
+    device = SimpleNamespace(device_="made up", total_memory=8 << 30, free_memory=(8 << 30) - held)
+    whole = SimpleNamespace(gpu_memory_utilization=1.0)
+    return {"held": held, "granted": request_memory(device, whole, held)}
+
+
 class Host:
     def __init__(self):
         self.llm = None
 
-    def load(self, model, extra=None, threads="0-1", **arguments):
+    def load(self, model, extra=None, threads="0-1", kv="1", **arguments):
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        if kv is not None:  # else vLLM takes what the weights and the rest have left
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = kv
         from vllm import LLM
 
         form = {"load_format": "auto"}
@@ -39,7 +58,8 @@ class Host:
             form = {"load_format": "weights", "model_loader_extra_config": extra}
         settings = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 2, "dtype": "bfloat16"}
         self.llm = LLM(model=model, **form, **{**settings, **arguments})
-        return {"workers": self.llm.apply_model(seen_by_workers)}
+        blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        return {"workers": self.llm.apply_model(seen_by_workers), "blocks": blocks}
 
     def ask(self, question):
         """Answer as text, token ids and logprobs; a question is text for a chat, or token ids."""
@@ -59,14 +79,9 @@ class Host:
         """Have vLLM save its ranks' weights in the way it does itself."""
         self.llm.llm_engine.engine_core.save_sharded_state(path=folder, pattern=None, max_size=None)
 
-    def external(self):
-        """The bytes that vLLM would be told are held elsewhere."""
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader import get_model_loader
-
-        config = self.llm.llm_engine.vllm_config
-        with set_current_vllm_config(config):
-            return get_model_loader(config.load_config).get_external_weight_memory(config)
+    def memory(self):
+        """What each worker is told of memory that is held elsewhere, and what vLLM makes of it."""
+        return self.llm.collective_rpc(memory_of_worker)
 
     def register_again(self):
         from weights_vllm.plugin import register

@@ -38,7 +38,8 @@ def test_a_real_model_answers_the_same_alone_and_from_shared_memory(hosts, expec
     assert (wrote["provider"], read["provider"]) == ("gms", "gms")
     assert "wrote slot weights/cpu/-/main/0of1, generation 1" in "\n".join(wrote["notes"])
     assert "read slot weights/cpu/-/main/0of1, generation 1" in "\n".join(read["notes"])
-    assert wrote["published"] == [["sharded", other("external")]]
+    (told,) = other("memory")
+    assert wrote["published"] == [["sharded", told["held"]]]
     assert wrote["linear"] == read["linear"] == 0  # packed into what no parameter holds: see FINAL below
     assert answers(one, QUESTION) == due
     assert answers(other, QUESTION) == due
@@ -105,7 +106,7 @@ def test_a_draft_model_is_a_load_of_its_own(hosts, llama, draft, gms, status):
     assert slots.keys() == {"weights/cpu/-/main/0of1", "weights/cpu/-/draft/0of1"}
     assert [len(g["leases"]) for (g,) in slots.values()] == [2, 2]
     assert len({g["identity"]["digest"] for (g,) in slots.values()}) == 2
-    assert other("external") == sum(g["bytes"] for (g,) in slots.values())
+    assert [told["held"] for told in other("memory")] == [sum(g["bytes"] for (g,) in slots.values())]
     assert answers(one, IDS) == due
     assert answers(other, IDS) == due
 

@@ -89,6 +89,7 @@ class Saves(w.PublisherPlugin[SavesConfig]):
     @w.hookimpl
     def publish(self, engine, layout):
         from vllm.model_executor.model_loader import ShardedStateLoader
+
         from weights_presharded import save
 
         folder = save(engine, self.config.to)
