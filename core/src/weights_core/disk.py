@@ -13,7 +13,7 @@ from weights_core.hookspecs import hookimpl
 from weights_core.plugin import ProviderPlugin
 from weights_core.shards import Shard, open_shards
 from weights_core.types import FormatClaim, LoadRequest, Role, TensorMeta
-from weights_core.weightset import Allocate, Slices, Target, WeightSet
+from weights_core.weightset import Allocate, Parts, Slices, Target, WeightSet
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class ShardSet(WeightSet):
         self._metas = MappingProxyType({name: s.metas[name] for name, s in self._home.items()})
         self._position = {name: index for index, name in enumerate(self._metas)}
         self._notes = notes
-        self._bytes = 0
+        self._bytes = self._mapped = 0
         self._lock = threading.Lock()
 
     @property
@@ -51,8 +51,14 @@ class ShardSet(WeightSet):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was passed over."""
-        return self._notes
+        """What was passed over, and how much the engine uses where it lies."""
+        if not self._mapped:
+            return self._notes
+        return (
+            *self._notes,
+            f"{self._mapped / 1e6:,.1f} MB are used where they lie in the files, which must not be "
+            "overwritten in place while the model lives",
+        )
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Read a tensor or a part of it."""
@@ -69,6 +75,17 @@ class ShardSet(WeightSet):
         """Read by file and offset."""
         for name in self.in_order(names):
             yield name, self.read(name)
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Map by file and offset."""
+        slices = names if isinstance(names, Mapping) else {}
+        for name in self.in_order(names):
+            tensor = self._home[name].mapped(name, slices.get(name))
+            if tensor is not None:
+                self.count(tensor.nbytes)
+                with self._lock:
+                    self._mapped += tensor.nbytes
+                yield name, tensor
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill by file and offset."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from weights_core.errors import PluginFailedError, WeightsError
-from weights_core.weightset import Slices, Target, WeightSet, WeightSetWrapper
+from weights_core.weightset import Parts, Slices, Target, WeightSet, WeightSetWrapper
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,10 @@ class Guarded(WeightSetWrapper):
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Stream the inner set."""
         yield from self._watched(self.inner.stream(names), lambda item: item[0])
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Map in the inner set."""
+        yield from self._watched(self.inner.mapped(names), lambda item: item[0])
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill from the inner set."""

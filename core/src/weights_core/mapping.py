@@ -1,12 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give back the pages of a file that someone else has mapped, once they have been read."""
+"""Files that are mapped: by us, so that nothing is copied, or by others, whose pages are given back."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weights_core.files import File
+from weights_core.memory import PAGE, Mapping, libc
+
+if TYPE_CHECKING:
+    import torch
+
+_POPULATE_READ = 22
+_EHWPOISON = 133
+_UNREADABLE = (errno.EFAULT, _EHWPOISON)
+_BLOCK = 1 << 20
+
+
+class FilePages:
+    """A whole file, mapped privately: who writes to a page gets a copy of it, and the file stays as it is.
+
+    The mapping lives as long as this or a tensor in it. The pages of a tensor go back when it dies.
+    """
+
+    def __init__(self, file: File) -> None:
+        """Map `file`; nothing is read.
+
+        Raises:
+            ArenaError: the kernel refuses, e.g. for want of address space.
+        """
+        self._file = file
+        self._mapping = Mapping(file.fileno(), file.size, "private")
+
+    def tensor(self, offset: int, count: int) -> torch.Tensor | None:
+        """Return bytes as a flat uint8 tensor, or None where the kernel cannot bring pages in at once.
+
+        Every page of it has been read: what a device or a file cut short would do to the process later,
+        in the middle of something else, is an error now.
+
+        Raises:
+            CheckpointError: the bytes cannot be read, or the file was changed.
+        """
+        import torch
+
+        address = self._mapping.address + offset
+        begin, end = address // PAGE * PAGE, -(-(address + count) // PAGE) * PAGE
+        if libc().madvise(begin, end - begin, _POPULATE_READ):
+            if ctypes.get_errno() in _UNREADABLE:
+                for at in range(offset, offset + count, _BLOCK):  # says what is wrong, and where
+                    self._file.read(min(_BLOCK, offset + count - at), at)
+            return None  # before Linux 5.14, or memory is short
+        self._file.check_unchanged()
+        memory: Any = (ctypes.c_ubyte * count).from_address(address)
+        memory.owner = _Owner()  # the tensor keeps the buffer, which keeps this
+        weakref.finalize(memory.owner, _give_back, self._mapping, address, count).atexit = False
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class _Owner:
+    """What dies with the last tensor on some bytes."""
+
+
+def _give_back(mapping: Mapping, begin: int, count: int) -> None:
+    """Give back the whole pages among bytes that nothing refers to any more; `mapping` lives until then."""
+    del mapping
+    _drop(begin, count)
+
+
+def _drop(begin: int, count: int) -> None:
+    end = (begin + count) // PAGE * PAGE
+    begin = -(-begin // PAGE) * PAGE
+    if begin < end:
+        libc().madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
 
 class MappedFile:
@@ -34,10 +105,6 @@ class MappedFile:
 
         Reading them again brings them back. They must not have been written to.
         """
-        end = (begin + count) // mmap.PAGESIZE * mmap.PAGESIZE
-        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        if begin < end and any(begin in held and end - 1 in held for held in self._ranges):
-            _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
-_libc = ctypes.CDLL(None)
+        first, last = -(-begin // PAGE) * PAGE, (begin + count) // PAGE * PAGE - 1
+        if any(first in held and last in held for held in self._ranges):
+            _drop(begin, count)

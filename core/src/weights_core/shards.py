@@ -7,6 +7,7 @@ import abc
 import contextlib
 import ctypes
 import pickle
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, wait
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from weights_core import dtypes
 from weights_core.checkpoint import CheckpointFiles, disagreements
-from weights_core.errors import CheckpointError
+from weights_core.errors import ArenaError, CheckpointError
 from weights_core.files import File
 from weights_core.header import read_header
-from weights_core.mapping import MappedFile
+from weights_core.mapping import FilePages, MappedFile
 from weights_core.types import TensorMeta
 from weights_core.weightset import Allocate, Slices, check_destination, normalise
 
@@ -50,6 +51,17 @@ class Shard(abc.ABC):
             CheckpointError: as `read`.
         """
 
+    def mapped(self, name: str, slices: Slices | None = None) -> torch.Tensor | None:
+        """Return a tensor, or a part of it, where it lies in the file; None if it must be read instead.
+
+        It is private, every page of it has been read, and no two tensors share a byte.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        del name, slices
+        return None
+
     @abc.abstractmethod
     def release(self, name: str) -> None:
         """Forget what is held for a tensor."""
@@ -78,7 +90,7 @@ class Shard(abc.ABC):
 
 
 class SafetensorsShard(Shard):
-    """A safetensors file read by positioned reads into fresh memory; nothing is mapped."""
+    """A safetensors file read by positioned reads into fresh memory; mapped only by `mapped`."""
 
     def __init__(self, path: Path) -> None:
         """Open and validate.
@@ -88,6 +100,9 @@ class SafetensorsShard(Shard):
         """
         self.path = path
         self.file = File(path)
+        self._pages: FilePages | None = None
+        self._given: set[str] = set()
+        self._lock = threading.Lock()
         try:
             self.metas = read_header(self.file).metas
         except BaseException:
@@ -117,18 +132,47 @@ class SafetensorsShard(Shard):
         dtype = self.torch_dtype(meta)
         wanted = normalise(slices, meta.torch_shape)
         check_destination(name, out, tuple(len(r) for r in wanted), dtype)
-        whole_rows = all(len(r) == size for r, size in zip(wanted[1:], meta.torch_shape[1:], strict=True))
-        if out.device.type == "cpu" and out.is_contiguous() and whole_rows:
+        if out.device.type == "cpu" and out.is_contiguous() and _whole_rows(meta, wanted):
             _, skip = _row_bytes(meta, wanted[:1])
             self._read(meta, as_bytes(out), skip)
         else:
             out.detach().copy_(self.read(name, slices))
 
+    def mapped(self, name: str, slices: Slices | None = None) -> torch.Tensor | None:
+        """Return whole rows where they lie, if their elements are aligned and the system can map them."""
+        meta = self.metas[name]
+        wanted = normalise(slices, meta.torch_shape)
+        count, skip = _row_bytes(meta, wanted[:1])
+        offset = (meta.offset or 0) + skip
+        try:
+            dtype = dtypes.to_torch(meta.dtype)
+        except KeyError:
+            return None
+        if not count or not _whole_rows(meta, wanted) or offset % dtype.itemsize:
+            return None
+        try:
+            raw = self._pages_for(name).tensor(offset, count)
+        except ArenaError:
+            return None  # the file system, or a limit, is against it
+        except CheckpointError as exc:
+            exc.tensor = name
+            raise
+        return None if raw is None else raw.view(dtype).view(tuple(len(r) for r in wanted))
+
+    def _pages_for(self, name: str) -> FilePages:
+        """Return the file's pages; others if these have lent the tensor, for it may have been written to."""
+        with self._lock:
+            if self._pages is None or name in self._given:
+                self._pages, self._given = FilePages(self.file), set()
+            self._given.add(name)
+            return self._pages
+
     def release(self, name: str) -> None:
         """Nothing is held."""
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; what was mapped lives on."""
+        self._pages = None
         self.file.close()
 
     def torch_dtype(self, meta: TensorMeta) -> torch.dtype:
@@ -159,6 +203,10 @@ class SafetensorsShard(Shard):
 def aligned(offset: int, dtype: torch.dtype) -> int:
     """Return `offset`, or 0 if elements of `dtype` at such an address would not be aligned."""
     return 0 if offset % dtype.itemsize else offset
+
+
+def _whole_rows(meta: TensorMeta, wanted: tuple[range, ...]) -> bool:
+    return all(len(r) == size for r, size in zip(wanted[1:], meta.torch_shape[1:], strict=True))
 
 
 def _row_bytes(meta: TensorMeta, rows: tuple[range, ...]) -> tuple[int, int]:

@@ -33,6 +33,7 @@ class TorchEngine(Engine):
         *,
         device: torch.device | str = "cpu",
         cast: bool = False,
+        map_files: bool = False,
         role: str = "main",
         component: str | None = None,
         checkpoint: Path | str | None = None,
@@ -48,6 +49,9 @@ class TorchEngine(Engine):
             model: on meta, or with memory, or mixed.
             device: where parameters that are on meta are to live.
             cast: convert weights whose dtype is not the parameter's; else that is an error.
+            map_files: on the CPU, let parameters that are on meta lie in private pages of the
+                checkpoint's files where they can, without a copy; see `WeightSet.mapped`. The files
+                must then not be overwritten in place while the model lives.
             role: `main`, `draft`, …: a draft model is a load of its own.
             component: the folder of a pipeline, e.g. `transformer_2` or `vae`.
             checkpoint: this engine's own checkpoint, over the one `load` is given.
@@ -67,6 +71,7 @@ class TorchEngine(Engine):
         self.model = model
         self._device = torch.device(device)
         self._cast = cast
+        self._map_files = map_files
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
         self._reinit = reinit
         self._gather = gather
@@ -125,13 +130,15 @@ class TorchEngine(Engine):
         tensors, metas = _named_tensors(self.model), weights.metas
         ties = _ties(tensors)
         self._check_fit(tensors, ties, metas, may_cast=may_cast)
-        staged: dict[int, torch.Tensor] = {}
+        staged = self._mapped(tensors, ties, weights)
         targets, twins = [], []
         for group in ties:
             given = [name for name in group if name in metas]
             tensor = tensors[group[0]]
-            out = self._staged(tensor, staged, metas[given[0]].offset)
-            targets.append(Target(given[0], out))
+            out = staged.get(id(tensor))
+            if out is None:
+                out = self._staged(tensor, staged, metas[given[0]].offset)
+                targets.append(Target(given[0], out))
             twins += [(name, out) for name in given[1:]]
         ours = {id(p.get()) for p, t in (self._originals or {}).items() if t.is_meta}
         self._written_in_place = self._written_in_place or any(
@@ -260,6 +267,25 @@ class TorchEngine(Engine):
             missing=missing,
             mismatched=mismatched,
         )
+
+    def _mapped(
+        self, tensors: Mapping[str, torch.Tensor], ties: Iterable[Sequence[str]], weights: WeightSet
+    ) -> dict[int, torch.Tensor]:
+        """Return what parameters become without a copy, by the parameter's id."""
+        if not self._map_files or self._device.type != "cpu":
+            return {}
+        metas = weights.metas
+        wanted: dict[str, int] = {}
+        for group in ties:
+            first, tensor = next(name for name in group if name in metas), tensors[group[0]]
+            stored = dtypes.to_torch(metas[first].dtype)
+            if tensor.is_meta and tensor.is_contiguous() and tensor.dtype == stored:
+                wanted[first] = id(tensor)
+        found: dict[int, torch.Tensor] = {}
+        for name, mapped in weights.mapped(wanted.keys()):
+            found[wanted[name]] = mapped
+            weights.release([name])
+        return found
 
     def _staged(
         self, tensor: torch.Tensor, staged: dict[int, torch.Tensor], offset: int | None

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Slices = tuple[slice, ...]
 """One slice per leading dimension, each with step 1; dimensions left out are taken whole."""
 
+Parts = Collection[str] | Mapping[str, Slices | None]
+"""Names of tensors, or the slices wanted of each."""
 
 Allocate = Callable[[int, int], "torch.Tensor"]
 """Returns uninitialised host memory of so many bytes, as a flat tensor of uint8. Thread-safe.
@@ -116,6 +118,27 @@ class WeightSet(Mapping[str, "torch.Tensor"], abc.ABC):
             if wanted is None or name in wanted:
                 yield name, self.read(name)
 
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `(name, tensor)` for those that can be used where they lie, without a copy.
+
+        Of all tensors, or of `names`; if these map each name to slices, of those parts. What is not
+        yielded must be read in another way; by default that is everything.
+
+        The tensors lie in pages of the checkpoint's files, in host memory, and no two share a byte. They
+        are the caller's: what is written becomes a copy of its own, which neither the file nor a later
+        read sees. They stay valid after `release` and `close`, and their pages go back when they die.
+        All bytes have been read by then, so a file that is damaged is an error here; a file that is
+        overwritten in place or cut short *later* changes them, or ends the process.
+
+        Raises:
+            KeyError: the set has no tensor of one of the names.
+            CheckpointError: the bytes cannot be had.
+        """
+        for name in self.metas if names is None else names:
+            if name not in self.metas:
+                raise KeyError(name)
+        yield from ()
+
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Bring a tensor, or the part that `slices` selects, into `out`.
 
@@ -192,15 +215,18 @@ class WeightSetWrapper(WeightSet):
 
     A wrapper that overrides `read` is read through it on every path: unless it overrides them too,
     `stream`, `read_into` and `fill` are then the generic ones, which build on `read`. Likewise the
-    names it iterates over are those of `metas` if it overrides that.
+    names it iterates over are those of `metas` if it overrides that. One that overrides any of these
+    maps nothing, unless it overrides `mapped` too: bytes would get past it.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for changed, built_on_it in (
-            ("read", ("stream", "read_into", "fill")),
-            ("read_into", ("fill",)),
-            ("metas", ("__iter__", "__len__", "__contains__")),
+            ("read", ("stream", "read_into", "fill", "mapped")),
+            ("read_into", ("fill", "mapped")),
+            ("stream", ("mapped",)),
+            ("fill", ("mapped",)),
+            ("metas", ("__iter__", "__len__", "__contains__", "mapped")),
         ):
             for name in built_on_it:
                 if changed in vars(cls) and name not in vars(cls):
@@ -235,6 +261,10 @@ class WeightSetWrapper(WeightSet):
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Stream the inner set."""
         return self.inner.stream(names)
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Map in the inner set."""
+        return self.inner.mapped(names)
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         """Read into `out` from the inner set."""
