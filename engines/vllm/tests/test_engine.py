@@ -86,6 +86,22 @@ def test_a_checkpoint_goes_through_the_models_own_loading(folder):
     assert report.applied.host_bytes == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.parametrize("map_files", [True, False])
+def test_what_a_model_on_the_host_takes_is_copied_once_and_no_file_lives_on(folder, map_files):
+    model = blank(Model())
+    engine = VllmEngine(INFO, folder, lambda value, timeout: [value], map_files=map_files)
+    engine.model = model
+    assert holds_lent(w.load(engine, folder)) == map_files
+    assert holds(model, due(checkpoint()))
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(folder) not in mapped
+
+
+def holds_lent(report):
+    """Whether the set lent its files' pages."""
+    return any("where they lie in the files" in note for note in report.notes)
+
+
 def test_the_checkpoint_is_the_engines_own(folder, tmp_path):
     model = blank(Model())
     assert w.load(engine_of(model, folder), tmp_path / "another").checkpoint == folder

@@ -33,8 +33,10 @@ class VllmEngine(Engine):
     The model is made by vLLM after the load was planned: `model` is set then.
     """
 
-    def __init__(self, info: EngineInfo, checkpoint: Path, gather: Gather) -> None:
+    def __init__(self, info: EngineInfo, checkpoint: Path, gather: Gather, *, map_files: bool = True) -> None:
+        """Make an engine; with `map_files` parameters on the host are copied straight out of the files' pages."""
         self._info = info
+        self._map_files = map_files
         self._checkpoint = checkpoint
         self._gather = gather
         self._model: nn.Module | None = None
@@ -96,7 +98,8 @@ class VllmEngine(Engine):
             self._before = beside_tensors(model)
         self._touched = True
         give_memory(parameters)
-        loaded = load(consumed(weights))
+        on_host = all(parameter.device.type == "cpu" for parameter in parameters.values())
+        loaded = load(consumed(weights, mapped=self._map_files and on_host))
         if loaded is None:
             raise EngineError(
                 f"{self._info.model} does not say which parameters it loaded, so whether it is complete "
