@@ -42,6 +42,7 @@ def from_pretrained(
     model_config: Any = None,
     host: PluginHost | None = None,
     timeout: float = 600.0,
+    map_files: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Return the model that `cls.from_pretrained(path, **kwargs)` gives, its weights brought by `format`.
@@ -54,6 +55,9 @@ def from_pretrained(
         model_config: the model's configuration, instead of that in the folder.
         host: the plugins to choose from; by default all that are installed.
         timeout: seconds that a rank waits for the others.
+        map_files: on the CPU, let parameters that are stored as they are needed lie in private pages of
+            the files, as `cls.from_pretrained` does. The files must not be overwritten in place while
+            the model lives; without, everything is copied.
         kwargs: as `cls.from_pretrained` takes them; what has no meaning here is refused.
 
     Raises:
@@ -70,6 +74,7 @@ def from_pretrained(
         model_config=model_config,
         host=host,
         timeout=timeout,
+        map_files=map_files,
         **kwargs,
     ).model
 
@@ -83,6 +88,7 @@ def load(
     model_config: Any = None,
     host: PluginHost | None = None,
     timeout: float = 600.0,
+    map_files: bool = True,
     **kwargs: Any,
 ) -> Loaded:
     """Do as `from_pretrained`, and return the report with its lease beside the model.
@@ -90,7 +96,7 @@ def load(
     Arguments and errors are those of `from_pretrained`.
     """
     check_settings(config)
-    engine = open_engine(cls, path, model_config=model_config, **kwargs)
+    engine = open_engine(cls, path, model_config=model_config, map_files=map_files, **kwargs)
     report = w.load(engine, path, format, config, host=host, timeout=timeout)
     return Loaded(engine.model, report)
 
@@ -102,6 +108,7 @@ def open_engine(
     model_config: Any = None,
     role: str = "main",
     component: str | None = None,
+    map_files: bool = True,
     **kwargs: Any,
 ) -> TransformersEngine | DirectEngine:
     """Return the engine that loads `cls` from `path`, for `weights_core.load` or a session.
@@ -112,6 +119,7 @@ def open_engine(
         model_config: as `from_pretrained`.
         role: `main`, or `draft` for a draft model.
         component: a component of a pipeline.
+        map_files: as `from_pretrained`.
         kwargs: as `from_pretrained`.
 
     Raises:
@@ -139,7 +147,14 @@ def open_engine(
         else:
             finish(traced.model)
             device = given.device_of_ranks(traced) or device
-            return TransformersEngine(traced, version=version, device=device, role=role, component=component)
+            return TransformersEngine(
+                traced,
+                version=version,
+                device=device,
+                role=role,
+                component=component,
+                map_files=map_files,
+            )
 
     def build(values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         try:

@@ -35,11 +35,11 @@ REFUSED = {
             "variant",
             "use_safetensors",
             "weights_only",
-            "disable_mmap",
             "subfolder",
         ),
         _OWN,
     ),
+    "disable_mmap": "give map_files=False, which copies everything",
     **dict.fromkeys(
         ("max_memory", "offload_folder", "offload_buffers"), "offloading is not served: load to one device"
     ),

@@ -35,14 +35,19 @@ class TransformersEngine(TorchEngine):
         engine: str = "transformers",
         role: str = "main",
         component: str | None = None,
+        map_files: bool = True,
     ) -> None:
-        """Take over a trace; `device` is where the weights are to live, `engine` what runs them."""
+        """Take over a trace; `device` is where the weights are to live, `engine` what runs them.
+
+        `map_files` is `TorchEngine`'s.
+        """
         meshes = [cut.mesh for cut in trace.cuts.values()]
         super().__init__(
             trace.model,
             device=device,
             role=role,
             component=component,
+            map_files=map_files,
             topology=topology_of(meshes[0]) if meshes else None,
             gather=Group().gather if meshes else None,
             mutates_after_load=_trained(trace),

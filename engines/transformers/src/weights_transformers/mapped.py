@@ -14,8 +14,8 @@ import torch
 
 from weights_core import Target, TensorMeta, WeightSet, WeightSetWrapper, dtypes
 from weights_core.tensors import empty, nbytes
-from weights_core.weightset import Slices, normalise
-from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves
+from weights_core.weightset import Parts, Slices, normalise
+from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves, part
 
 CONVERTING = 4
 """Threads that convert."""
@@ -75,6 +75,18 @@ class ModelWeights(WeightSetWrapper):
             for name in _sources(self._recipes[target.name]):
                 self._used(name)
             yield target
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Map the model's tensors that are stored as they are needed, alone in a place; release the sources."""
+        sources: dict[str, str] = {}
+        parts: dict[str, Slices | None] = {}
+        for name in self._recipes if names is None else names:
+            block = _as_stored(self._recipes[name])
+            if block is not None and self._uses[block.meta.name] == 1:
+                sources[block.meta.name], parts[block.meta.name] = name, block.slices
+        for source, tensor in self.inner.mapped(parts):
+            self._used(source)
+            yield sources[source], tensor
 
     def release(self, names: Iterable[str]) -> int:
         """Do nothing: `fill` has released what the tensors were made of."""
@@ -169,6 +181,15 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         yield from (block.meta.name for block in recipe.blocks)
     else:
         yield from {block.meta.name for one in leaves(recipe) for block in one.blocks}
+
+
+def _as_stored(recipe: Recipe) -> Block | None:
+    """Return the block that is the whole tensor, in the dtype that it is stored in, if there is one."""
+    if not isinstance(recipe, Pieces) or len(recipe.blocks) != 1:
+        return None
+    block = recipe.blocks[0]
+    is_all = len(block.region) == len(recipe.shape) and block.region == part(block.meta, block.slices).blocks[0].region
+    return block if is_all and block.dtype == recipe.dtype else None
 
 
 def _meta(name: str, recipe: Recipe, like: torch.Tensor) -> TensorMeta:

@@ -49,6 +49,7 @@ def load_pipeline(
     timeout: float = 600.0,
     device: str = "cpu",
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    map_files: bool = True,
     **kwargs: Any,
 ) -> LoadedPipeline:
     """Return the pipeline that `cls.from_pretrained(path, dtype=…, **kwargs)` gives, by `format`.
@@ -66,6 +67,7 @@ def load_pipeline(
         timeout: as `from_pretrained`.
         device: where the weights are to live.
         dtype: of all components, or by component's name, with `default` for the others.
+        map_files: as `from_pretrained`.
         kwargs: as `cls.from_pretrained` takes them: components that are there already, settings.
 
     Raises:
@@ -88,7 +90,7 @@ def load_pipeline(
     engines: dict[str, w.Engine] = {}
     for name, kind in _classes(cls, folder).items():
         if name in have and name not in kwargs:
-            engine = _engine(kind, folder, name, device, _dtype_of(dtype, name))
+            engine = _engine(kind, folder, name, device, _dtype_of(dtype, name), map_files=map_files)
             if engine is not None:
                 engines[name] = engine
     reports = w.load_pipeline(engines, folder, format, config, host=host, timeout=timeout)
@@ -155,7 +157,9 @@ def _classes(cls: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _engine(kind: Any, folder: Path, name: str, device: str, dtype: torch.dtype | None) -> w.Engine | None:
+def _engine(
+    kind: Any, folder: Path, name: str, device: str, dtype: torch.dtype | None, *, map_files: bool
+) -> w.Engine | None:
     """Return the engine of a component, or None if it is for diffusers to load."""
     import diffusers
     from diffusers.models.modeling_utils import ModelMixin
@@ -165,7 +169,7 @@ def _engine(kind: Any, folder: Path, name: str, device: str, dtype: torch.dtype 
         more: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
         if dtype is not None:
             more["dtype"] = dtype
-        return open_engine(kind, folder, component=name, **more)
+        return open_engine(kind, folder, component=name, map_files=map_files, **more)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         return None
     root = find(folder, name).root
@@ -178,7 +182,12 @@ def _engine(kind: Any, folder: Path, name: str, device: str, dtype: torch.dtype 
 
     traced = blueprint(model, root, headers(find(folder, name)), dtype)
     return TransformersEngine(
-        traced, engine="diffusers", version=diffusers.__version__, device=device, component=name
+        traced,
+        engine="diffusers",
+        version=diffusers.__version__,
+        device=device,
+        component=name,
+        map_files=map_files,
     )
 
 

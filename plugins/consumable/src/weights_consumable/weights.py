@@ -28,6 +28,7 @@ from weights_core import coverage
 from weights_core.errors import ConsumedError
 from weights_core.weightset import (
     Items,
+    Parts,
     Slices,
     Target,
     Values,
@@ -67,7 +68,7 @@ class ConsumableWeights(WeightSetWrapper):
     lives. Tensors of up to 1 MiB share mappings of at most 8 MiB, which go back together, and of which
     up to 2 MiB are kept for the next until the set is closed. This holds for sets that let others
     allocate, as those over a checkpoint's files do; the memory of other sets is theirs. `stream`,
-    `fill` and `read_into` are the inner set's, with its read-ahead.
+    `fill`, `read_into` and `mapped` are the inner set's, with its read-ahead.
     """
 
     def __init__(self, inner: WeightSet) -> None:
@@ -233,6 +234,18 @@ class ConsumableWeights(WeightSetWrapper):
                 passed = [name for name in wanted if name in self._ahead and name in self._by]
                 self._ahead.difference_update(wanted)
             self._release_inner(passed)
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Map in the inner set, less what is consumed before its turn.
+
+        What is mapped is no memory of this process's that could be freed, and is not accounted for.
+
+        Raises:
+            ConsumedError: one of `names` was consumed before.
+        """
+        wanted = list(self) if names is None else names
+        self._refuse_consumed(wanted)
+        yield from filter(lambda item: item[0] not in self._by, self.inner.mapped(wanted))
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill from the inner set, straight.
