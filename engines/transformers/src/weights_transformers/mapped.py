@@ -188,7 +188,10 @@ def _as_stored(recipe: Recipe) -> Block | None:
     if not isinstance(recipe, Pieces) or len(recipe.blocks) != 1:
         return None
     block = recipe.blocks[0]
-    is_all = len(block.region) == len(recipe.shape) and block.region == part(block.meta, block.slices).blocks[0].region
+    is_all = (
+        len(block.region) == len(recipe.shape)
+        and block.region == part(block.meta, block.slices).blocks[0].region
+    )
     return block if is_all and block.dtype == recipe.dtype else None
 
 

@@ -34,7 +34,7 @@ class VllmEngine(Engine):
     """
 
     def __init__(self, info: EngineInfo, checkpoint: Path, gather: Gather, *, map_files: bool = True) -> None:
-        """Make an engine; with `map_files` parameters on the host are copied straight out of the files' pages."""
+        """Make an engine; with `map_files` parameters on the host are copied out of the files' pages."""
         self._info = info
         self._map_files = map_files
         self._checkpoint = checkpoint

@@ -27,7 +27,7 @@ def seen_by_workers(model):
 
 
 def memory_of_worker(worker):
-    """Ask as vLLM's worker does before it loads; the device is made up: of 8 GiB, all free but what is held."""
+    """Ask as vLLM's worker for GPUs does before it loads; of 8 GiB all is free but what is held."""
     from types import SimpleNamespace
 
     from vllm.config import set_current_vllm_config
@@ -40,6 +40,12 @@ def memory_of_worker(worker):
     device = SimpleNamespace(device_="made up", total_memory=8 << 30, free_memory=(8 << 30) - held)
     whole = SimpleNamespace(gpu_memory_utilization=1.0)
     return {"held": held, "granted": request_memory(device, whole, held)}
+
+
+def bytes_of_a_block(worker):
+    """What a block of the KV cache takes in a worker, over all layers."""
+    config = worker.model_runner.kv_cache_config
+    return sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
 
 
 class Host:
@@ -58,8 +64,11 @@ class Host:
             form = {"load_format": "weights", "model_loader_extra_config": extra}
         settings = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 2, "dtype": "bfloat16"}
         self.llm = LLM(model=model, **form, **{**settings, **arguments})
-        blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        return {"workers": self.llm.apply_model(seen_by_workers), "blocks": blocks}
+        return {
+            "workers": self.llm.apply_model(seen_by_workers),
+            "blocks": self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+            "block_bytes": self.llm.collective_rpc(bytes_of_a_block)[0],
+        }
 
     def ask(self, question):
         """Answer as text, token ids and logprobs; a question is text for a chat, or token ids."""

@@ -78,6 +78,41 @@ def test_a_small_model_answers_the_same_on_one_rank(hosts, expected, llama, gms)
         one("close")
 
 
+def test_memory_is_accounted_for_as_vllm_does(hosts, smollm2, gms, status):
+    one, other = hosts(), hosts()
+    model = sum(file.stat().st_size for file in Path(smollm2).glob("*.safetensors"))
+    # a worker of its own, whose memory nothing else was in; the KV cache is to have what is left of it
+    arguments = {
+        "model": smollm2,
+        "distributed_executor_backend": "mp",
+        "gpu_memory_utilization": 0.15,
+        "kv": None,
+    }
+
+    def cache(engine, **form):
+        """Load; return the bytes that vLLM has for its KV cache, and what the worker is told."""
+        told = engine("load", **form, **arguments)
+        (memory,) = engine("memory")
+        return told["blocks"] * told["block_bytes"], memory
+
+    own, _ = cache(one)
+    one("close")
+    ours, told = cache(one, extra={})
+    one("close")
+    assert abs(ours - own) < model / 4  # what a load needs is given back before vLLM looks
+    assert told == {"held": 0, "granted": 8 << 30}
+
+    wrote, _ = cache(one, extra=gms())
+    read, told = cache(other, extra=gms())
+    (slot,) = status()["slots"]
+    (generation,) = slot["generations"]
+    assert generation["bytes"] == pytest.approx(model, rel=0.01)
+    assert told == {"held": generation["bytes"], "granted": (8 << 30) - generation["bytes"]}
+    # on the CPU vLLM counts what a worker has touched, and the shared copy is read to be packed
+    for cached in (wrote, read):
+        assert own - 1.25 * model < cached < own + model / 4
+
+
 def test_a_writer_that_is_killed_half_way_is_followed_by_who_waits(
     start, hosts, expected, llama, gms, status, tmp_path
 ):
