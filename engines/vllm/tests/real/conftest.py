@@ -153,6 +153,14 @@ def reference(expected, case, engine, question, **arguments):
     return expected[case]
 
 
+def refused(engine, why, **arguments):
+    """Load what must not load: one error says why, and the process can go on."""
+    engine.begin("load", **arguments, **ALONE)
+    told = engine.answer()
+    assert re.search(why, told.get("why", "")), told
+    engine("close")
+
+
 def answers(engine, question):
     told = engine("ask", question=question)
     assert len(told["ids"]) == len(told["logprobs"]) == 8
@@ -192,6 +200,40 @@ def random_llama(folder, seed):
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     return random_llama(tmp_path_factory.mktemp("llama"), 0)
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory, llama):
+    """The same model in 8 bits, as compressed-tensors writes it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, made = tmp_path_factory.mktemp("quantised"), {}
+    for file in Path(llama).glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            made[name] = tensor
+            if name.endswith("_proj.weight"):
+                scale = tensor.float().abs().amax(1, keepdim=True) / 127
+                made[name] = (tensor.float() / scale).round().to(torch.int8)
+                made[f"{name}_scale"] = scale.bfloat16()
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((Path(llama) / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,14 @@ class Host:
 
         register()
 
+    def tested_with(self, versions):
+        """Pretend that the adapter was tested with other versions of vLLM."""
+        from packaging.specifiers import SpecifierSet
+
+        from weights_vllm import version
+
+        version.TESTED = SpecifierSet(versions)
+
     def close(self):
         from vllm.distributed import cleanup_dist_env_and_memory
 

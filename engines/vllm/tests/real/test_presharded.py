@@ -17,7 +17,7 @@ from weights_core.testing.parallel import LlamaShape, TensorParallelEngine
 from weights_presharded import save
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import ALONE, IDS, QUESTION, ROOT, TP2, answers, reference, until, workers_of
+from conftest import ALONE, IDS, QUESTION, ROOT, TP2, answers, reference, refused, until, workers_of
 
 sys.path.pop(0)
 
@@ -86,14 +86,6 @@ def test_ranks_read_their_own_files(hosts, expected, smollm2, llama, cut, plan, 
         assert ("of vLLM's sharded state" if name == "state" else "is verified as it is read") in notes
         assert answers(one, question) == due, name
         one("close")
-
-
-def refused(engine, why, **arguments):
-    """Load what must not load: one error says why, and the process can go on."""
-    engine.begin("load", **arguments, **ALONE)
-    told = engine.answer()
-    assert re.search(why, told.get("why", "")), told
-    engine("close")
 
 
 def test_shards_that_are_not_this_engines_are_one_error(hosts, expected, llama, cut, plan, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import ALONE, IDS, QUESTION, TP2, answers, brokers_of, reference, until
+from conftest import ALONE, IDS, QUESTION, TP2, answers, brokers_of, reference, refused, until
 
 sys.path.pop(0)
 
@@ -76,6 +76,16 @@ def test_a_small_model_answers_the_same_on_one_rank(hosts, expected, llama, gms)
         one("load", model=llama, extra=extra, **ALONE)
         assert answers(one, IDS) == due
         one("close")
+
+
+def test_a_quantised_model_answers_the_same_and_is_not_shared(hosts, expected, quantised, gms):
+    one = hosts()
+    due = reference(expected, "quantised", one, IDS, model=quantised, **ALONE)
+    (worker,) = one("load", model=quantised, extra={}, **ALONE)["workers"]
+    assert worker["provider"] == "parallel_shards"
+    assert answers(one, IDS) == due
+    one("close")
+    refused(one, "compressed-tensors", model=quantised, extra=gms())
 
 
 def test_memory_is_accounted_for_as_vllm_does(hosts, smollm2, gms, status):
@@ -149,18 +159,17 @@ def test_what_an_operator_gets_wrong_is_one_error_and_the_process_can_go_on(host
     one, other = hosts(), hosts()
     due = reference(expected, "tp1", one, IDS, model=llama, **ALONE)
 
-    def refused(engine, why, **arguments):
-        engine.begin("load", **arguments, **ALONE)
-        told = engine.answer()
-        assert re.search(why, told.get("why", "")), told
-        engine("close")
-
     refused(one, r"no setting 'fromat' \(did you mean 'format'\?\)", model=llama, extra={"fromat": "gms"})
     refused(one, "'gsm' is not installed", model=llama, extra={"format": "gsm"})
     refused(one, "engine vllm cannot share final weights", model=llama, extra={"format": "finals"})
+    silent = {"architectures": ["SilentForCausalLM"]}
+    refused(one, "does not say which parameters it loaded", model=llama, extra={}, hf_overrides=silent)
     one("register_again")
     assert "Load format `weights` is already registered" not in one.said()
+    one("tested_with", versions=">=99")
     one("load", model=llama, extra=gms(), **ALONE)
+    assert re.search(r"vLLM 0\.\S+ is outside of the range .* >=99: going on", one.said())
+    one("tested_with", versions=">=0.32,<0.33")
     refused(other, r"dtype: need 'F32', has 'BF16'", model=llama, extra=gms(), dtype="float32")
     assert answers(one, IDS) == due
     other("load", model=llama, extra=gms(), **ALONE)
