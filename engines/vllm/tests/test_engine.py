@@ -277,6 +277,10 @@ class Elsewhere(Model):
     secondary_weights = ("another/repository",)
 
 
+class OtherFiles(Model):
+    allow_patterns_overrides = ("vae/*.safetensors",)
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "why"),
     [
@@ -284,6 +288,7 @@ class Elsewhere(Model):
         (Forgets, CoverageError, "missing 1 tensor: norm"),
         (Crashes, LoadError, "AssertionError: shapes differ"),
         (Elsewhere, EngineError, "Elsewhere reads weights from several places"),
+        (OtherFiles, EngineError, "OtherFiles reads weights from several places"),
         (Attention, EngineError, "Attention has no load_weights"),
     ],
 )

@@ -311,7 +311,7 @@ def _loader_of(model: nn.Module) -> Callable[..., Any]:
     load: Callable[..., Any] | None = getattr(model, "load_weights", None)
     if load is None:
         raise EngineError(f"vLLM's {kind} has no load_weights: the load format cannot serve it")
-    if getattr(model, "secondary_weights", None):
+    if getattr(model, "secondary_weights", None) or getattr(model, "allow_patterns_overrides", None):
         raise EngineError(
             f"vLLM's {kind} reads weights from several places: load it with vLLM's own --load-format auto"
         )

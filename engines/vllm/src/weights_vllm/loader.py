@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import BaseModelLoader
 
 from weights_core import Layout, Session, explain, open_session
-from weights_core.errors import CleanupError, EngineError
+from weights_core.errors import CleanupError, EngineError, FormatError
 from weights_vllm import ranks, version
 from weights_vllm.describe import checkpoint_of, describe, group_of, role_of, tie_again, why_alone
 from weights_vllm.engine import VllmEngine
@@ -87,7 +87,12 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
             settings.config,
             timeout=settings.timeout,
         ) as session:
-            plan = session.resolve()
+            try:
+                plan = session.resolve()
+            except FormatError as exc:
+                if alone:
+                    exc.add_note(f'this model cannot be shared, {alone}: let "format" name sources only')
+                raise
             with contextlib.ExitStack() as making:
                 if plan.owner is not None:  # it says where the parameters are to live
                     making.enter_context(without_memory())

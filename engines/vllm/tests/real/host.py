@@ -12,9 +12,10 @@ import traceback
 def seen_by_workers(model):
     """What a worker has: its report, its draft's is in the log."""
     report = getattr(model, "weights_report", None)
-    linear = model.model.layers[0].self_attn.qkv_proj.weight
+    weight = model.model.layers[0].self_attn.qkv_proj.weight
+    linear = 0 if weight is None else weight.numel()
     if report is None:
-        return {"provider": None, "linear": linear.numel()}
+        return {"provider": None, "linear": linear}
     return {
         "provider": report.provider,
         "notes": list(report.notes),
@@ -22,7 +23,7 @@ def seen_by_workers(model):
         "rank": report.rank,
         "bytes": report.nbytes,
         "seconds": report.seconds,
-        "linear": linear.numel(),
+        "linear": linear,
     }
 
 
