@@ -12,7 +12,8 @@ import traceback
 def seen_by_workers(model):
     """What a worker has: its report, its draft's is in the log."""
     report = getattr(model, "weights_report", None)
-    weight = model.model.layers[0].self_attn.qkv_proj.weight
+    attention = next(layer.self_attn for layer in model.model.layers if hasattr(layer, "self_attn"))
+    weight = attention.qkv_proj.weight
     linear = 0 if weight is None else weight.numel()
     if report is None:
         return {"provider": None, "linear": linear}
