@@ -80,12 +80,16 @@ class ShardSet(WeightSet):
         """Map by file and offset."""
         slices = names if isinstance(names, Mapping) else {}
         for name in self.in_order(names):
-            tensor = self._home[name].mapped(name, slices.get(name))
-            if tensor is not None:
-                self.count(tensor.nbytes)
-                with self._lock:
-                    self._mapped += tensor.nbytes
-                yield name, tensor
+            yield from self.map_one(name, slices.get(name))
+
+    def map_one(self, name: str, slices: Slices | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a tensor that can be mapped, and count it; or nothing."""
+        tensor = self._home[name].mapped(name, slices)
+        if tensor is not None:
+            with self._lock:
+                self._bytes += tensor.nbytes
+                self._mapped += tensor.nbytes
+            yield name, tensor
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill by file and offset."""

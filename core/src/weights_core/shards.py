@@ -138,26 +138,45 @@ class SafetensorsShard(Shard):
         else:
             out.detach().copy_(self.read(name, slices))
 
-    def mapped(self, name: str, slices: Slices | None = None) -> torch.Tensor | None:
-        """Return whole rows where they lie, if their elements are aligned and the system can map them."""
+    def extent(self, name: str, slices: Slices | None = None) -> range | None:
+        """Return which bytes of the file a part takes; None if not one aligned piece, or none at all."""
         meta = self.metas[name]
         wanted = normalise(slices, meta.torch_shape)
         count, skip = _row_bytes(meta, wanted[:1])
-        offset = (meta.offset or 0) + skip
+        begin = (meta.offset or 0) + skip
         try:
-            dtype = dtypes.to_torch(meta.dtype)
+            width = dtypes.to_torch(meta.dtype).itemsize
         except KeyError:
             return None
-        if not count or not _whole_rows(meta, wanted) or offset % dtype.itemsize:
+        if not count or begin % width or not _whole_rows(meta, wanted):
+            return None
+        return range(begin, begin + count)
+
+    def mapped(self, name: str, slices: Slices | None = None) -> torch.Tensor | None:
+        """Return whole rows where they lie, if their elements are aligned and the system can map them."""
+        extent = self.extent(name, slices)
+        if extent is None:
             return None
         try:
-            raw = self._pages_for(name).tensor(offset, count)
+            raw = self._pages_for(name).tensor(extent.start, len(extent))
         except ArenaError:
             return None  # the file system, or a limit, is against it
         except CheckpointError as exc:
             exc.tensor = name
             raise
-        return None if raw is None else raw.view(dtype).view(tuple(len(r) for r in wanted))
+        if raw is None:
+            return None
+        meta = self.metas[name]
+        return raw.view(self.torch_dtype(meta)).view(
+            tuple(len(chosen) for chosen in normalise(slices, meta.torch_shape))
+        )
+
+    def bring(self, extent: range) -> None:
+        """Have the kernel read bytes into the pages that `mapped` lends; what fails, fails there."""
+        with contextlib.suppress(ArenaError, CheckpointError):
+            with self._lock:
+                pages = self._pages = self._pages or FilePages(self.file)
+            pages.bring(extent.start, len(extent))
 
     def _pages_for(self, name: str) -> FilePages:
         """Return the file's pages; others if these have lent the tensor, for it may have been written to."""

@@ -281,11 +281,9 @@ class TorchEngine(Engine):
             stored = dtypes.to_torch(metas[first].dtype)
             if tensor.is_meta and tensor.is_contiguous() and tensor.dtype == stored:
                 wanted[first] = id(tensor)
-        found: dict[int, torch.Tensor] = {}
-        for name, mapped in weights.mapped(wanted.keys()):
-            found[wanted[name]] = mapped
-            weights.release([name])
-        return found
+        found = dict(weights.mapped(wanted.keys()))
+        weights.release(found)
+        return {wanted[name]: tensor for name, tensor in found.items()}
 
     def _staged(
         self, tensor: torch.Tensor, staged: dict[int, torch.Tensor], offset: int | None

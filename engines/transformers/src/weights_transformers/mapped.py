@@ -77,16 +77,18 @@ class ModelWeights(WeightSetWrapper):
             yield target
 
     def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Map the model's tensors that are stored as they are needed, alone in a place; release the sources."""
+        """Map the tensors that are stored as they are needed, each alone; release what they are of."""
         sources: dict[str, str] = {}
         parts: dict[str, Slices | None] = {}
         for name in self._recipes if names is None else names:
             block = _as_stored(self._recipes[name])
             if block is not None and self._uses[block.meta.name] == 1:
                 sources[block.meta.name], parts[block.meta.name] = name, block.slices
+        done: list[str] = []
         for source, tensor in self.inner.mapped(parts):
-            self._used(source)
+            done.append(source)
             yield sources[source], tensor
+        self.inner.release(done)  # nothing waits for it, as no memory was taken
 
     def release(self, names: Iterable[str]) -> int:
         """Do nothing: `fill` has released what the tensors were made of."""
@@ -188,11 +190,9 @@ def _as_stored(recipe: Recipe) -> Block | None:
     if not isinstance(recipe, Pieces) or len(recipe.blocks) != 1:
         return None
     block = recipe.blocks[0]
-    is_all = (
-        len(block.region) == len(recipe.shape)
-        and block.region == part(block.meta, block.slices).blocks[0].region
-    )
-    return block if is_all and block.dtype == recipe.dtype else None
+    whole = part(block.meta, block.slices)
+    is_whole = (whole.shape, whole.blocks[0].region) == (recipe.shape, block.region)
+    return block if is_whole and block.dtype == recipe.dtype else None
 
 
 def _meta(name: str, recipe: Recipe, like: torch.Tensor) -> TensorMeta:

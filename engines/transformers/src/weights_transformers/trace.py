@@ -97,7 +97,8 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
         )
         if tracer.lost is not None:  # Transformers went on without it
             raise tracer.lost
-        return _read(model, info, tracer)
+        with torch._C.DisableTorchFunctionSubclass():  # what is asked here is not to be traced
+            return _read(model, info, tracer)
     except Exception as exc:  # Transformers may raise anything
         torch.set_rng_state(state)
         if tracer.lost is not None:

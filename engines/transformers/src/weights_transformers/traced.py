@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,24 @@ SAME = frozenset(
     {"alias", "clone", "contiguous", "cpu", "cuda", "detach", "pin_memory", "requires_grad_", "view_as"}
 )
 """What changes neither the elements nor their order, where it does not change the shape or strides."""
+ASKS = frozenset(
+    {
+        "device.__get__",
+        "dim",
+        "dtype.__get__",
+        "element_size",
+        "grad_fn.__get__",
+        "is_floating_point",
+        "is_meta.__get__",
+        "ndim.__get__",
+        "numel",
+        "requires_grad.__get__",
+        "shape.__get__",
+        "size",
+        "stride",
+    }
+)
+"""What tells of a tensor and makes none."""
 WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
 """The names of what writes in place: item assignment, `+=` and its like, and what ends in one underscore."""
 
@@ -76,6 +95,8 @@ class Traced(torch.Tensor):
         del types
         kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
+            if _name(func) in ASKS:
+                return func(*args, **kwargs)
             tracer = _tracer_of((*args, *kwargs.values()))
             try:
                 return _traced(func, args, kwargs, tracer)
@@ -136,16 +157,26 @@ def slices_of(index: Any) -> tuple[slice, ...] | None:
 
 
 def values(metas: Mapping[str, TensorMeta], tracer: Tracer) -> dict[str, Any]:
-    """Return a state dict to trace with."""
+    """Return a state dict to trace with.
+
+    The traced tensors are made before they are asked for: Transformers asks in threads, and what these
+    do in Python they wait for each other to do.
+    """
+    made = {name: _read_part(meta, (), tracer) for name, meta in metas.items()}
 
     def take(meta: TensorMeta, index: Any) -> torch.Tensor:
         tracer.asked.add(meta.name)
         slices = slices_of(index)
-        pieces = recipes.part(meta, slices or None)
-        made = Traced.of(pieces, torch.empty(pieces.shape, dtype=pieces.dtype, device="meta"), tracer)
-        return made if slices is not None else made[index]
+        first = None if slices else made.pop(meta.name, None)  # who asks again gets another
+        tensor = first if first is not None else _read_part(meta, slices or (), tracer)
+        return tensor if slices is not None else tensor[index]
 
     return {name: Value(meta, take) for name, meta in metas.items()}
+
+
+def _read_part(meta: TensorMeta, slices: tuple[slice, ...], tracer: Tracer) -> Traced:
+    pieces = recipes.part(meta, slices or None)
+    return Traced.of(pieces, torch.empty(pieces.shape, dtype=pieces.dtype, device="meta"), tracer)
 
 
 def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Any:
@@ -157,7 +188,7 @@ def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return first
     if name == "data.__set__" and isinstance(first, Traced):
         return _replace(first, args[1], tracer)
-    if name != "requires_grad_" and (WRITES.fullmatch(name) or kwargs.get("out") is not None):
+    if name != "requires_grad_" and (_writes(name) or kwargs.get("out") is not None):
         raise tracer.lose(f"{name} writes in place what is not read yet")
     result = func(*args, **kwargs)
     if name == "requires_grad_" or name.endswith(".__set__"):
@@ -261,6 +292,12 @@ def _tracer_of(value: Any) -> Tracer:
     raise EngineError("torch traced a call without a traced tensor")
 
 
+@functools.lru_cache(1024)
+def _writes(name: str) -> bool:
+    return WRITES.fullmatch(name) is not None
+
+
+@functools.lru_cache(1024)
 def _name(func: Callable[..., Any]) -> str:
     """Return a function's name; a property's with `__get__` or `__set__` behind it."""
     name = getattr(func, "__name__", str(func))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -13,8 +13,9 @@ import torch
 from weights_core.disk import ShardSet
 from weights_core.shards import SafetensorsShard, Shard, aligned
 from weights_core.tensors import allocate
-from weights_core.weightset import Slices, Target, check_destination, normalise
+from weights_core.weightset import Parts, Slices, Target, check_destination, normalise
 from weights_parallel_shards import aio
+from weights_parallel_shards.ahead import ReadAhead, extents
 from weights_parallel_shards.chunks import Chunk, Item, Piece, boxes, gather, selection, span
 from weights_parallel_shards.lanes import Lane, integers
 from weights_parallel_shards.run import Run
@@ -42,7 +43,7 @@ class ParallelSet(ShardSet):
     `fill` reads straight into targets in host memory, and through a ring of pinned memory into those
     on CUDA. `stream` reads ahead of the consumer within the tuning's window; what it has yielded is
     the consumer's and is not counted. Each pass has threads and staging memory of its own; staging
-    memory is kept for the next pass until the set is closed.
+    memory is kept for the next pass until the set is closed. What is `mapped` threads bring in ahead.
 
     A file of `torch.save` takes part tensor by tensor: several are read at a time, as they are mapped.
     """
@@ -77,7 +78,7 @@ class ParallelSet(ShardSet):
         }
         self._lanes: list[Lane] = []
         self._rings: dict[torch.device, list[Ring]] = {}
-        self._runs: list[Run[Any] | Transfer[Any]] = []
+        self._runs: list[Run[Any] | Transfer[Any] | ReadAhead] = []
 
     def read(self, name: str, slices: Slices | None = None) -> torch.Tensor:
         """Read a tensor or a part of it: what is large in parallel, the rest plainly."""
@@ -103,6 +104,23 @@ class ParallelSet(ShardSet):
     def stream(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors as they come in, begun by file and offset."""
         return self._stream(self.in_order(names))
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Map by file and offset, nothing if reads are to be direct; threads read what is not cached."""
+        order = self.in_order(names)
+        if self._tuning.direct == "always":
+            return
+        slices = names if isinstance(names, Mapping) else {}
+        ahead = ReadAhead(extents(order, self.shard_of, slices), max(1, self._tuning.readers // 2))
+        self._runs.append(ahead)
+        try:
+            ahead.start(lambda shard, offset: bool(self._storages[shard].is_cached(offset)))
+            for name in order:
+                ahead.wait(name)
+                yield from self.map_one(name, slices.get(name))
+        finally:
+            ahead.stop()
+            self._runs.remove(ahead)
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
         """Fill the targets, begun by file and offset, and yield each as it is done."""

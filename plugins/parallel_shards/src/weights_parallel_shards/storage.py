@@ -161,10 +161,10 @@ class Storage:
         """Ask for the first chunk of each region, and take the answer for the others."""
         region = begin // REGION
         if region not in self._cached:
-            self._cached[region] = self._is_cached((begin + end) // 2)
+            self._cached[region] = self.is_cached((begin + end) // 2)
         return self._cached[region]
 
-    def _is_cached(self, offset: int) -> bool | None:
+    def is_cached(self, offset: int) -> bool | None:
         """Return whether a byte's page is in the page cache, or None if that can't be known.
 
         Where the kernel doesn't tell, or not us, the byte is read on condition that it needs no waiting;

@@ -19,7 +19,7 @@ from weights_core.hookspecs import hookimpl
 from weights_core.plugin import ProviderPlugin
 from weights_core.shards import open_shards
 from weights_core.types import FormatClaim, Layout, LoadRequest, Outcome, Role, TensorMeta
-from weights_core.weightset import Slices, Target
+from weights_core.weightset import Parts, Slices, Target
 
 if TYPE_CHECKING:
     import torch
@@ -292,6 +292,24 @@ class FillsEachNameOnce(ShardSet):
         return super().fill({target.name: target for target in targets}.values())
 
 
+class MapsTheWholeForAPart(ShardSet):
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        return super().mapped(None if names is None else list(names))
+
+
+class MapsWhatItReads(ShardSet):
+    """Keeps what it has mapped, and gives it to whoever reads or maps the same."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def mapped(self, names: Parts | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().mapped(names):
+            if tensor.shape == self.metas[name].torch_shape:
+                yield name, self._kept.setdefault(name, tensor)
+
+
 class Casts(ShardSet):
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
         out.copy_(self.read(name, slices))
@@ -380,6 +398,8 @@ BROKEN: Mapping[str, type] = {
     "slices_agree": _source(KnowsNoNegativeIndex),
     "reading_into_memory_agrees": _source(IgnoresStrides),
     "filling_targets_agrees": _source(FillsEachNameOnce),
+    "what_is_mapped_is_what_is_stored": _source(MapsTheWholeForAPart),
+    "what_is_mapped_is_the_engines_own": _source(MapsWhatItReads),
     "a_destination_that_does_not_fit_is_refused": _source(Casts),
     "an_unknown_name_is_a_key_error": _source(PassesOverStrangers),
     "a_kept_tensor_never_changes": _source(Recycles),

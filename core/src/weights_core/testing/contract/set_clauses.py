@@ -15,7 +15,7 @@ from weights_core import dtypes
 from weights_core.errors import WeightsError
 from weights_core.tensors import as_bytes
 from weights_core.testing.checkpoints import random_tensor, zoo
-from weights_core.testing.contract.material import few, many
+from weights_core.testing.contract.material import contents, few, many
 from weights_core.testing.contract.model import Case, clause
 from weights_core.testing.engines import FakeEngine
 from weights_core.testing.faults import cut_short, removed
@@ -145,6 +145,47 @@ def filling_targets_agrees(case: Case) -> None:
         case.require(not due, f"fill() left out {len(due)} of {len(targets)} targets")
 
 
+@clause(*_SETS, suffers=_WRONG)
+def what_is_mapped_is_what_is_stored(case: Case) -> None:
+    """`mapped` yields some of the names asked for, each once, bit for bit; or the slices asked for."""
+    prepared = case.checkpoint(_zoo(case))
+    wanted = sorted(prepared.truth)[::2]
+    with case.opened(prepared) as weights:
+        for names in (None, wanted, []):
+            asked = prepared.truth if names is None else names
+            seen: list[str] = []
+            for name, tensor in weights.mapped(names):
+                seen.append(name)
+                case.require(name in asked, f"mapped() gave {name!r}, which was not asked for")
+                case.same(name, tensor, prepared.truth[name], "mapped()")
+            case.require(len(seen) == len(set(seen)), "mapped() gave a tensor more than once")
+        for name, whole in prepared.truth.items():
+            for slices in _slices(tuple(whole.shape)):
+                for _, part in weights.mapped({name: slices}):
+                    case.same(name, part, whole[slices], f"mapped() with {slices}")
+
+
+@clause(*_SETS, suffers="training or patching a model changes the checkpoint, or another model")
+def what_is_mapped_is_the_engines_own(case: Case) -> None:
+    """What `mapped` yields can be written: no file, later read or other tensor sees it, nor does `close`."""
+    prepared = case.checkpoint(_zoo(case) | many())
+    files = contents(prepared.path)
+    kept: list[tuple[str, torch.Tensor]] = []
+    with case.opened(prepared) as weights:
+        for _ in range(2):
+            for name, tensor in weights.mapped():
+                case.same(name, tensor, prepared.truth[name], "mapped(), after others were written to,")
+                tensor.copy_(_pattern_like(tensor))
+                kept.append((name, tensor))
+            for name, due in prepared.truth.items():
+                case.same(name, weights.read(name), due, "read(), after what was mapped was written to,")
+        weights.release(prepared.truth)
+        weights.close()
+    for name, tensor in kept:
+        case.same(name, tensor, _pattern_like(tensor), "looking, after close(), at what was written to")
+    case.require(contents(prepared.path) == files, "writing to what was mapped changed a file")
+
+
 @clause(*_SETS, suffers="weights are cast or cut without anyone noticing")
 def a_destination_that_does_not_fit_is_refused(case: Case) -> None:
     """`read_into` and `fill` raise ValueError for a destination of another shape or dtype, or on meta."""
@@ -172,7 +213,7 @@ def a_destination_that_does_not_fit_is_refused(case: Case) -> None:
     *_SETS, suffers="a misspelt name ends in a tensor of something else, or in an error nobody understands"
 )
 def an_unknown_name_is_a_key_error(case: Case) -> None:
-    """`meta`, `read`, `stream`, `read_into` and `fill` raise KeyError for a name that is not there."""
+    """`meta` and every way to read or map raise KeyError for a name that is not there."""
     prepared = case.checkpoint(few())
     out = torch.zeros(1)
     with case.opened(prepared) as weights:
@@ -180,6 +221,7 @@ def an_unknown_name_is_a_key_error(case: Case) -> None:
             "meta": lambda: weights.meta("nowhere"),
             "read": lambda: weights.read("nowhere"),
             "stream": lambda: list(weights.stream(["nowhere"])),
+            "mapped": lambda: list(weights.mapped(["nowhere"])),
             "read_into": lambda: weights.read_into("nowhere", out),
             "fill": lambda: list(weights.fill([Target("nowhere", out)])),
         }
