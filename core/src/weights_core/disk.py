@@ -17,6 +17,7 @@ from weights_core.weightset import Allocate, Parts, Slices, Target, WeightSet
 
 if TYPE_CHECKING:
     import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
 
     from weights_core.engine import Engine
     from weights_core.source import Source
@@ -36,7 +37,8 @@ class ShardSet(WeightSet):
         self._metas = MappingProxyType({name: s.metas[name] for name, s in self._home.items()})
         self._position = {name: index for index, name in enumerate(self._metas)}
         self._notes = notes
-        self._bytes = self._mapped = 0
+        self._bytes = 0
+        self._lent: list[tuple[StorageWeakRef, int]] = []
         self._lock = threading.Lock()
 
     @property
@@ -51,12 +53,14 @@ class ShardSet(WeightSet):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was passed over, and how much the engine uses where it lies."""
-        if not self._mapped:
+        """What was passed over, and how much the engine uses where it lies, now."""
+        with self._lock:
+            used = sum(nbytes for ref, nbytes in self._lent if not ref.expired())  # type: ignore[no-untyped-call]
+        if not used:
             return self._notes
         return (
             *self._notes,
-            f"{self._mapped / 1e6:,.1f} MB are used where they lie in the files, which must not be "
+            f"{used / 1e6:,.1f} MB are used where they lie in the files, which must not be "
             "overwritten in place while the model lives",
         )
 
@@ -86,9 +90,12 @@ class ShardSet(WeightSet):
         """Yield a tensor that can be mapped, and count it; or nothing."""
         tensor = self._home[name].mapped(name, slices)
         if tensor is not None:
+            from torch.multiprocessing.reductions import StorageWeakRef
+
+            ref = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             with self._lock:
                 self._bytes += tensor.nbytes
-                self._mapped += tensor.nbytes
+                self._lent.append((ref, tensor.nbytes))
             yield name, tensor
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:
