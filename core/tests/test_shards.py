@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weights_core.checkpoint import find
-from weights_core.errors import CheckpointError
+from weights_core.errors import ArenaError, CheckpointError
 from weights_core.header import read_header
 from weights_core.shards import PickledShard, SafetensorsShard, open_shards
 from weights_core.tensors import as_bytes
@@ -118,6 +118,83 @@ def test_slices_select_what_torch_selects(tmp_path, kind, shape, slices):
     out = torch.empty_like(expected, memory_format=torch.contiguous_format)
     shard.read_into("t", out, slices)
     assert same(out, expected)
+
+
+def test_every_dtype_is_mapped_bit_for_bit(tmp_path):
+    tensors = {
+        f"{d}.{n}": random_tensor(*shape, dtype=d, seed=n)
+        for d in every_dtype()
+        for n, shape in enumerate([(4, 6), (70, 600)])
+    }
+    shard = open_one(tmp_path, tensors)
+    for name, tensor in tensors.items():
+        assert same(shard.mapped(name), tensor), name
+        assert same(shard.mapped(name, (slice(1, 3),)), tensor[1:3]), name
+    assert shard.mapped("F32.0", (slice(None), slice(0, 6))).shape == (4, 6)
+    shard.close()
+
+
+@pytest.mark.parametrize("slices", [(slice(None), slice(1, 4)), (slice(2, 2),), (slice(0, 2), slice(3))])
+def test_what_is_not_in_one_piece_is_not_mapped(tmp_path, slices):
+    shard = open_one(tmp_path, {"t": random_tensor(4, 6), "empty": random_tensor(0, 6)})
+    assert shard.mapped("t", slices) is None
+    assert shard.mapped("empty") is None
+    shard.close()
+
+
+def test_elements_at_odd_places_and_dtypes_that_torch_lacks_are_not_mapped(tmp_path):
+    header = {
+        "one": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "odd": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        "six": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [9, 12]},
+    }
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(range(12)))
+    [shard] = open_shards(find(tmp_path))
+    assert same(shard.mapped("one"), torch.zeros(1, dtype=torch.uint8))
+    assert shard.mapped("odd") is None
+    assert shard.mapped("six") is None
+    shard.close()
+
+
+def test_a_tensor_is_mapped_anew_once_it_was_lent(tmp_path):
+    tensors = {"a": random_tensor(500), "b": random_tensor(500, seed=1)}
+    shard = open_one(tmp_path, tensors)
+    first = shard.mapped("a")
+    first.zero_()
+    assert same(shard.mapped("b"), tensors["b"])
+    again = shard.mapped("a")
+    assert same(again, tensors["a"])
+    again.fill_(1)
+    assert int(first.max()) == 0
+    assert same(shard.read("a"), tensors["a"])
+    shard.close()
+    assert int(first.max()) == 0
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"], indirect=True)
+def test_damage_is_an_error_when_a_tensor_is_mapped(tmp_path, kind):
+    shard = open_one(tmp_path, {"t": random_tensor(5000)}, kind)
+    if kind == "bin":
+        assert shard.mapped("t") is None
+        return
+    cut = shard.path.stat().st_size - 9000
+    os.truncate(shard.path, cut)
+    with pytest.raises(CheckpointError, match=rf"{shard.path}, tensor 't', byte {cut}: .*shorter"):
+        shard.mapped("t")
+    shard.close()
+    with pytest.raises(CheckpointError, match=r"tensor 't'.*was closed"):
+        shard.mapped("t")
+
+
+def test_a_file_that_the_system_will_not_map_is_read_otherwise(tmp_path, mocker):
+    shard = open_one(tmp_path, {"t": random_tensor(50)})
+    mocker.patch("weights_core.mapping.Mapping", autospec=True, side_effect=ArenaError("no address space"))
+    assert shard.mapped("t") is None
+    shard.bring(shard.extent("t"))
+    shard.close()
 
 
 @pytest.mark.parametrize("slices", [(slice(1, 3),), (slice(None), slice(2, 3))], ids=str)

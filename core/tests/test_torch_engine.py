@@ -1313,3 +1313,93 @@ def test_main_and_draft_are_loads_of_their_own(tmp_path):
     load(TorchEngine(draft, role="draft", checkpoint=drafts), saved(tmp_path, main), host=host)
     assert roles == ["main", "draft"]
     assert_same(draft.embed.weight, oracle(drafts)["head.weight"])
+
+
+# Parameters that lie in the files -----------------------------------------------------------------
+
+
+def lies_in_a_file(tensor, folder):
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            begin, end = (int(one, 16) for one in line.split(maxsplit=1)[0].split("-"))
+            if begin <= tensor.data_ptr() < end:
+                return str(folder) in line
+    raise AssertionError("nowhere")
+
+
+@pytest.mark.parametrize("make", [Net, Tied])
+def test_parameters_lie_in_the_files_if_asked(tmp_path, make):
+    path = saved(tmp_path, make(), **({"head.weight": None} if make is Tied else {}))
+    want = oracle(path)
+    for map_files in (False, True):
+        model = on_meta(make)
+        report = load(TorchEngine(model, map_files=map_files), path)
+        for name, tensor in want.items():
+            assert_same(model.state_dict()[name], tensor)
+            assert lies_in_a_file(model.state_dict()[name], path) is map_files
+        if make is Tied:
+            assert model.head.weight is model.embed.weight
+        assert report.applied.host_bytes == report.nbytes == sum(t.nbytes for t in want.values())
+        assert any("where they lie in the files" in note for note in report.notes) is map_files
+
+
+def test_training_parameters_that_lie_in_the_files_changes_no_byte_of_these(tmp_path):
+    path = saved(tmp_path, Net())
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    want = oracle(path)
+    model, other = on_meta(Net), on_meta(Net)
+    for one in (model, other):
+        load(TorchEngine(one, map_files=True), path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model.inner(model.embed(torch.tensor([1, 2]))).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.embed.weight, want["embed.weight"])
+    assert_holds(other, want)
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_what_has_memory_another_dtype_or_other_strides_is_copied(tmp_path):
+    tensors = {n: torch.randn(6, 4, 4, 4) for n in ("here", "narrow", "strided", "plain")}
+    path = write_checkpoint(tmp_path / "checkpoint", tensors)
+    strided = torch.empty(6, 4, 4, 4, device="meta", memory_format=torch.channels_last)
+    model = Holder(
+        here=nn.Parameter(torch.zeros(6, 4, 4, 4)),
+        narrow=nn.Parameter(torch.empty(6, 4, 4, 4, dtype=torch.float16, device="meta")),
+        strided=nn.Parameter(strided),
+        plain=nn.Parameter(torch.empty(6, 4, 4, 4, device="meta")),
+    )
+    here = model.here.data_ptr()
+    load(TorchEngine(model, map_files=True, cast=True), path)
+    mapped = {name for name, tensor in model.named_parameters() if lies_in_a_file(tensor, path)}
+    assert mapped == {"plain"}
+    assert model.here.data_ptr() == here
+    assert model.strided.is_contiguous(memory_format=torch.channels_last)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[name].to(parameter.dtype))
+
+
+def test_names_of_a_tie_that_differ_are_found_if_one_is_mapped(tmp_path):
+    path = saved(tmp_path, Tied(), **{"head.weight": torch.ones(6, 4)})
+    model = on_meta(Tied)
+    with pytest.raises(CoverageError, match=r"'head\.weight' is tied to another"):
+        load(TorchEngine(model, map_files=True), path)
+    assert model.embed.weight.is_meta
+
+
+def test_a_file_cut_short_after_it_was_opened_leaves_the_model_as_it_was(tmp_path):
+    path = saved(tmp_path, Net())
+    model = on_meta(Net)
+    before = state(model)
+    session = weights_core.open_session(TorchEngine(model, map_files=True), path, host=host_of())
+
+    def steps():
+        with session:
+            session.resolve()
+            session.load()
+            file = sorted(path.glob("*.safetensors"))[-1]
+            os.truncate(file, file.stat().st_size - 4)
+            session.apply()
+
+    with pytest.raises(WeightsError, match=r"shorter|changed"):
+        steps()
+    assert state(model) == before

@@ -273,6 +273,7 @@ def inner(mocker):
     [
         ("read", ("a", (slice(1),))),
         ("stream", (["a"],)),
+        ("mapped", ({"a": (slice(1),)},)),
         ("read_into", ("a", A, (slice(1),))),
         ("fill", ([Target("a", A)],)),
         ("release", (["a"],)),
@@ -297,6 +298,38 @@ def test_a_wrapper_overrides_every_method_that_a_set_may_override():
     derived = {"meta", "lazy", "keys", "items", "values", "get"}  # these follow from metas and read
     public = {name for name, _ in inspect.getmembers(WeightSet) if not name.startswith("_")} - derived
     assert public - vars(WeightSetWrapper).keys() == {"layout", "provider", "in_place", "fills"}
+
+
+def test_a_set_maps_nothing_unless_it_can(weights):
+    assert list(weights.mapped()) == list(weights.mapped(["a"])) == list(weights.mapped({"a": None})) == []
+    with pytest.raises(KeyError, match="ghost"):
+        list(weights.mapped(["a", "ghost"]))
+
+
+class Mapped(InMemory):
+    def mapped(self, names=None):
+        yield "a", A
+
+
+@pytest.mark.parametrize("way", ["read", "read_into", "stream", "fill", "metas", "release", "close"])
+def test_what_a_wrapper_changes_is_not_bypassed_by_mapping(way):
+    changed = property(lambda self: self.inner.metas) if way == "metas" else lambda self, *args: None
+    wrapper = type("Changed", (WeightSetWrapper,), {way: changed})
+    assert [name for name, _ in wrapper(Mapped({"a": A})).mapped()] == (
+        ["a"] if way in ("release", "close") else []
+    )
+
+
+def test_a_wrapper_that_maps_itself_is_asked():
+    class Own(WeightSetWrapper):
+        def read(self, name, slices=None):
+            return -self.inner.read(name, slices)
+
+        def mapped(self, names=None):
+            yield "b", B
+
+    assert [name for name, _ in Own(Mapped({"a": A, "b": B})).mapped()] == ["b"]
+    assert [name for name, _ in Guarded(Own(Mapped({"a": A, "b": B})), "someone").mapped()] == ["b"]
 
 
 def test_a_wrapper_is_a_set_itself(weights):

@@ -71,6 +71,31 @@ class DictSet(WeightSet):
         return self.tensors[name]
 
 
+# What is mapped -------------------------------------------------------------------------------------
+
+
+def test_what_is_mapped_is_no_memory_to_free(weights):
+    mapped = dict(weights.mapped())
+    assert all(same(tensor, LAYERS[name]) for name, tensor in mapped.items())
+    assert mapped.keys() == LAYERS.keys()
+    assert weights.live_bytes == 0
+    assert weights.release(["embed"]) == 0
+    assert same(mapped["embed"], LAYERS["embed"])
+
+
+def test_a_consumed_name_is_not_mapped(weights):
+    weights.mark_consumed("layers")
+    assert [name for name, _ in weights.mapped()] == list(weights)
+    with pytest.raises(ConsumedError, match=r"layers\.1\.q"):
+        list(weights.mapped(["embed", "layers.1.q"]))
+    with pytest.raises(ConsumedError, match=r"layers\.1\.q"):
+        list(weights.mapped({"layers.1.q": None}))
+    mapped = weights.mapped(sorted(weights))
+    first, _ = next(mapped)
+    weights.mark_consumed_keys([name for name in weights if name != first])
+    assert list(mapped) == []
+
+
 # A mapping that shrinks ------------------------------------------------------------------------
 
 

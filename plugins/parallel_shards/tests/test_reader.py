@@ -23,7 +23,7 @@ from weights_core.shards import open_shards
 from weights_core.tensors import as_bytes, nbytes
 from weights_core.testing import every_dtype, random_tensor, write_checkpoint
 from weights_core.weightset import Target
-from weights_parallel_shards import reader, storage
+from weights_parallel_shards import ahead, reader, storage
 from weights_parallel_shards.reader import ParallelSet
 from weights_parallel_shards.tuning import Tuning
 
@@ -811,3 +811,92 @@ def test_a_forked_child_neither_hangs_nor_reads_on_and_the_parent_does(tmp_path)
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+# What is mapped ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cached", "not cached"])
+def mapping(request, tmp_path, monkeypatch):
+    """A set whose bytes seem to be cached or not, and what it holds; pieces are small."""
+    monkeypatch.setattr(ahead, "SMALLEST", 4096)
+    monkeypatch.setattr(ahead, "STEP", 4096)
+    monkeypatch.setattr(storage.Storage, "is_cached", lambda self, offset: request.param == "cached")
+    folder = write_checkpoint(tmp_path / "checkpoint", assorted() | kilobytes(50, 3), shards=3)
+    with contextlib.closing(parallel(folder, readers=6)) as weights:
+        yield weights, oracle(folder)
+
+
+def test_everything_is_mapped_that_can_be(mapping):
+    weights, want = mapping
+    mapped = dict(weights.mapped())
+    assert want.keys() - mapped.keys() == {"empty"}
+    assert_equal(mapped, {name: tensor for name, tensor in want.items() if name in mapped})
+    assert weights.bytes_read == sum(nbytes(t) for t in want.values())
+
+
+def test_parts_are_mapped_and_no_more_is_counted(mapping):
+    weights, want = mapping
+    parts = {
+        "large": (slice(100, 200),),
+        "t003": None,
+        "t010": (slice(0, 9),),
+        "dtype.F32": (slice(None), slice(1)),
+    }
+    mapped = dict(weights.mapped(parts))
+    assert_equal(mapped, {"large": want["large"][100:200], "t003": want["t003"], "t010": want["t010"][:9]})
+    assert weights.bytes_read == sum(nbytes(t) for t in mapped.values())
+
+
+def test_abandoning_and_closing_join_the_threads(mapping):
+    weights, want = mapping
+    before = threads()
+    some = weights.mapped()
+    name, tensor = next(some)
+    some.close()
+    assert threads() <= before
+    some = weights.mapped()
+    next(some)
+    weights.close()
+    assert threads() <= before
+    with pytest.raises(CheckpointError, match="was closed"):
+        list(some)
+    assert_same(tensor, want[name])
+
+
+def test_damage_is_named_by_who_maps(mapping):
+    weights, _ = mapping
+    shard = weights.shards[-1]
+    os.truncate(shard.path, shard.path.stat().st_size - 5)
+    with pytest.raises(CheckpointError, match=rf"{shard.path}, tensor '.*(shorter|changed)"):
+        list(weights.mapped())
+
+
+def test_nothing_is_mapped_if_reads_are_to_be_direct(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint", kilobytes(3))
+    with contextlib.closing(parallel(folder, direct="always")) as weights:
+        assert list(weights.mapped()) == []
+        with pytest.raises(KeyError):
+            list(weights.mapped(["ghost"]))
+
+
+def test_a_fork_does_not_wait_for_threads_it_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "SMALLEST", 4096)
+    monkeypatch.setattr(storage.Storage, "is_cached", lambda self, offset: False)
+    folder = write_checkpoint(tmp_path / "checkpoint", kilobytes(50, 3))
+    with contextlib.closing(parallel(folder, readers=2)) as weights:
+        shard = weights.shards[0]
+        parts = [(name, shard, shard.extent(name)) for name in weights]
+        reading = ahead.ReadAhead(parts, 1)
+        monkeypatch.setattr(type(shard), "bring", lambda self, extent: time.sleep(0.05))
+        reading.start(lambda shard, offset: False)
+        child = os.fork()
+        if not child:
+            try:
+                reading.wait(parts[-1][0])
+            except CheckpointError:
+                reading.stop()
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        reading.stop()
