@@ -55,12 +55,12 @@ class ShardSet(WeightSet):
     def notes(self) -> tuple[str, ...]:
         """What was passed over, and how much the engine uses where it lies, now."""
         with self._lock:
-            used = sum(nbytes for ref, nbytes in self._lent if not ref.expired())  # type: ignore[no-untyped-call]
-        if not used:
+            alive = [n for ref, n in self._lent if not ref.expired()]  # type: ignore[no-untyped-call]
+        if not alive:
             return self._notes
         return (
             *self._notes,
-            f"{used / 1e6:,.1f} MB are used where they lie in the files, which must not be "
+            f"{sum(alive) / 1e6:,.1f} MB are used where they lie in the files, which must not be "
             "overwritten in place while the model lives",
         )
 
