@@ -245,8 +245,8 @@ def one(given: argparse.Namespace, way: str, socket: str) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     tiny = given.dir / "tiny"
-    for warming in ("from_pretrained", "disk"):
-        loaded(warming, tiny, given, socket)
+    loaded("from_pretrained", tiny, given, socket)
+    loaded("tiny", tiny, given, socket, "parallel_shards" if "parallel_shards" in way else "disk")
     if given.device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -267,8 +267,8 @@ def one(given: argparse.Namespace, way: str, socket: str) -> None:
         sys.stdin.read()
 
 
-def loaded(way: str, path: Path, given: argparse.Namespace, socket: str) -> Any:
-    """Load a model in one of the ways."""
+def loaded(way: str, path: Path, given: argparse.Namespace, socket: str, format: str = "auto") -> Any:
+    """Load a model in one of the ways; a tiny one only by the format that is named."""
     from transformers import AutoModelForCausalLM
 
     from weights_transformers import load
@@ -281,7 +281,7 @@ def loaded(way: str, path: Path, given: argparse.Namespace, socket: str) -> Any:
     else:
         is_shared = way.startswith("gms")
         config = {"gms": {"socket_path": socket}} if is_shared else None
-        model = load(AutoModelForCausalLM, path, format="gms" if is_shared else "auto", config=config, **more)
+        model = load(AutoModelForCausalLM, path, format="gms" if is_shared else format, config=config, **more)
     if given.device != "cpu":
         torch.cuda.synchronize()
     return model

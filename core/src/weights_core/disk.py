@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ from weights_core.weightset import Allocate, Parts, Slices, Target, WeightSet
 
 if TYPE_CHECKING:
     import torch
-    from torch.multiprocessing.reductions import StorageWeakRef
 
     from weights_core.engine import Engine
     from weights_core.source import Source
@@ -38,7 +38,7 @@ class ShardSet(WeightSet):
         self._position = {name: index for index, name in enumerate(self._metas)}
         self._notes = notes
         self._bytes = 0
-        self._lent: list[tuple[StorageWeakRef, int]] = []
+        self._lent: list[weakref.ref[torch.UntypedStorage]] = []
         self._lock = threading.Lock()
 
     @property
@@ -53,14 +53,14 @@ class ShardSet(WeightSet):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was passed over, and how much the engine uses where it lies, now."""
-        with self._lock:
-            alive = [n for ref, n in self._lent if not ref.expired()]  # type: ignore[no-untyped-call]
-        if not alive:
+        """What was passed over, and how much is in use where it lies."""
+        storages = (ref() for ref in self._lent)
+        size = sum(storage.nbytes() for storage in storages if storage is not None)
+        if not size:
             return self._notes
         return (
             *self._notes,
-            f"{sum(alive) / 1e6:,.1f} MB are used where they lie in the files, which must not be "
+            f"{size / 1e6:,.1f} MB are used where they lie in the files, which must not be "
             "overwritten in place while the model lives",
         )
 
@@ -90,12 +90,9 @@ class ShardSet(WeightSet):
         """Yield a tensor that can be mapped, and count it; or nothing."""
         tensor = self._home[name].mapped(name, slices)
         if tensor is not None:
-            from torch.multiprocessing.reductions import StorageWeakRef
-
-            ref = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             with self._lock:
                 self._bytes += tensor.nbytes
-                self._lent.append((ref, tensor.nbytes))
+                self._lent.append(weakref.ref(tensor.untyped_storage()))
             yield name, tensor
 
     def fill(self, targets: Iterable[Target]) -> Iterator[Target]:

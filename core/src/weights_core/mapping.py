@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -37,7 +38,8 @@ class FilePages:
         """
         self._file = file
         self._mapping = Mapping(file.fileno(), file.size, "private")
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice the read-ahead
+        with contextlib.suppress(OSError):  # a hint: twice the read-ahead
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def bring(self, offset: int, count: int) -> int:
         """Read bytes into their pages; return 0, or the number of the kernel's error."""

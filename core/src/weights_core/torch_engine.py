@@ -422,7 +422,8 @@ def _place_of(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def _common_dtype(model: nn.Module) -> str | None:
-    found = {meta_of(n, p).dtype for n, p in model.named_parameters()}
+    one_of_each = {parameter.dtype: (name, parameter) for name, parameter in model.named_parameters()}
+    found = {meta_of(*named).dtype for named in one_of_each.values()}
     return found.pop() if len(found) == 1 else None
 
 

@@ -12,7 +12,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def test_the_pages_code_runs(saved, wan, capsys):
     blocks = BLOCK.findall(PAGE.read_text())
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         if "tp_plan" in block:

@@ -2,12 +2,16 @@
 """The model is `from_pretrained`'s bit for bit, whoever brings its weights."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from weights_core.errors import EngineError
 from weights_transformers import from_pretrained, load
 
 MODELS = ["llama", "qwen3-tied", "mixtral"]
@@ -145,3 +149,53 @@ def test_minilm_as_its_package_ships_it(logits, format):
     theirs = AutoModel.from_pretrained(path)
     assert_same(ours.model, theirs)
     assert torch.equal(logits(ours.model, 30000), logits(theirs, 30000))
+
+
+CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+
+    def __init__(self, width=8, **kwargs):
+        self.width = width
+        super().__init__(**kwargs)
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = nn.Sequential(nn.Linear(config.width, config.width), nn.LayerNorm(config.width))
+        self.post_init()
+
+    def forward(self, x):
+        return self.inner(x)
+"""
+
+
+def test_code_of_the_checkpoints_own(tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    path = tmp_path / "own"
+    path.mkdir()
+    (path / "modeling_own.py").write_text(CODE)
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
+    (path / "config.json").write_text(json.dumps({"model_type": "own", "width": 8, "auto_map": auto}))
+    shapes = {"inner.0.weight": (8, 8), "inner.0.bias": (8,), "inner.1.weight": (8,), "inner.1.bias": (8,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModel.from_pretrained(path, trust_remote_code=True)
+    ours = load(AutoModel, path, trust_remote_code=True)
+    assert type(ours.model).__name__ == "OwnModel"
+    assert_same(ours.model, theirs)
+    for name, tensor in tensors.items():
+        assert torch.equal(ours.model.state_dict()[name], tensor)
+    with pytest.raises(EngineError, match="trust_remote_code=True"):
+        load(AutoModel, path)

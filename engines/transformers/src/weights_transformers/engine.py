@@ -53,6 +53,7 @@ class TransformersEngine(TorchEngine):
             mutates_after_load=_trained(trace),
         )
         self._trace = trace
+        self._maps_files = map_files and device == "cpu"
         self._own = attrs.evolve(
             super().info,
             name=engine,
@@ -82,7 +83,8 @@ class TransformersEngine(TorchEngine):
                 why = f"is {metas[name].dtype} {list(metas[name].shape)}, was {due.dtype} {list(due.shape)}"
                 raise CoverageError(f"tensor {name!r} {why} when the model was built", mismatched={name: why})
         unused = self.unused(weights)
-        done = super().apply(ModelWeights(weights, self._trace.recipes, self.tensors(Layout.SHARDED)))
+        tensors = self.tensors(Layout.SHARDED)
+        done = super().apply(ModelWeights(weights, self._trace.recipes, tensors, map_files=self._maps_files))
         self._tie()
         held = self._trace.held
         return attrs.evolve(done, written=done.written - held.keys(), defaulted=held, unused=tuple(unused))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ import torch
 from weights_core import Target, TensorMeta, WeightSet, WeightSetWrapper, dtypes
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import Parts, Slices, normalise
-from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves, part
+from weights_transformers.recipes import Block, Held, Pieces, Recipe, evaluated, leaves
 
 CONVERTING = 4
 """Threads that convert."""
@@ -32,10 +32,19 @@ class ModelWeights(WeightSetWrapper):
     """
 
     def __init__(
-        self, inner: WeightSet, recipes: Mapping[str, Recipe], like: Mapping[str, torch.Tensor]
+        self,
+        inner: WeightSet,
+        recipes: Mapping[str, Recipe],
+        like: Mapping[str, torch.Tensor],
+        *,
+        map_files: bool = False,
     ) -> None:
-        """Map `inner` by `recipes`; `like` has the shape and dtype of each tensor."""
+        """Map `inner` by `recipes`; `like` has the shape and dtype of each tensor.
+
+        With `map_files` what is converted is taken from where it lies in the files.
+        """
         super().__init__(inner)
+        self._map_files = map_files
         self._recipes = recipes
         self._metas = MappingProxyType({name: _meta(name, recipes[name], like[name]) for name in recipes})
         self._uses = Counter(name for recipe in recipes.values() for name in _sources(recipe))
@@ -82,7 +91,8 @@ class ModelWeights(WeightSetWrapper):
         parts: dict[str, Slices | None] = {}
         for name in self._recipes if names is None else names:
             block = _as_stored(self._recipes[name])
-            if block is not None and self._uses[block.meta.name] == 1:
+            is_part = isinstance(names, Mapping) and names[name] is not None
+            if block is not None and not is_part and self._uses[block.meta.name] == 1:
                 sources[block.meta.name], parts[block.meta.name] = name, block.slices
         done: list[str] = []
         for source, tensor in self.inner.mapped(parts):
@@ -147,7 +157,7 @@ class ModelWeights(WeightSetWrapper):
 
         pending: deque[tuple[str, int, Future[None]]] = deque()
         with ThreadPoolExecutor(CONVERTING, "weights-convert") as pool:
-            for name, tensor in self.inner.stream(jobs):
+            for name, tensor in self._stored(jobs.keys()):
                 pending.append((name, tensor.nbytes, pool.submit(convert, name, tensor)))
                 del tensor
                 while len(pending) > CONVERTING or sum(size for _, size, _ in pending) > IN_FLIGHT:
@@ -157,6 +167,18 @@ class ModelWeights(WeightSetWrapper):
             for done, _, future in pending:
                 future.result()
                 yield from jobs[done]
+
+    def _stored(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors to convert; the pages of those that are mapped go back with them."""
+        left = dict.fromkeys(names)
+        if self._map_files:
+            for name, tensor in self.inner.mapped(names):
+                del left[name]
+                item = [(name, tensor)]
+                del tensor
+                yield item.pop()  # kept here, it would outlive what is made of it
+        if left:
+            yield from self.inner.stream(left.keys())
 
     def _used(self, name: str) -> None:
         self._uses[name] -= 1
@@ -190,9 +212,8 @@ def _as_stored(recipe: Recipe) -> Block | None:
     if not isinstance(recipe, Pieces) or len(recipe.blocks) != 1:
         return None
     block = recipe.blocks[0]
-    whole = part(block.meta, block.slices)
-    is_whole = (whole.shape, whole.blocks[0].region) == (recipe.shape, block.region)
-    return block if is_whole and block.dtype == recipe.dtype else None
+    fills_all = block.region == tuple(slice(0, size) for size in recipe.shape)
+    return block if fills_all and block.dtype == recipe.dtype else None
 
 
 def _meta(name: str, recipe: Recipe, like: torch.Tensor) -> TensorMeta:

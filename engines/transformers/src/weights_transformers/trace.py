@@ -7,6 +7,7 @@ with a state dict of traced tensors, and what ends up in the model says where ea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class Cut:
         )
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)
 class Trace:
     """A model on meta, and how each of its tensors comes about.
 
@@ -71,7 +72,7 @@ class Trace:
         tensor: torch.Tensor = place[key]
         return tensor
 
-    @property
+    @functools.cached_property
     def sources(self) -> dict[str, TensorMeta]:
         """What of the checkpoint is used."""
         pieces = (one for recipe in self.recipes.values() for one in leaves(recipe))
