@@ -5,9 +5,9 @@ The bar: the second engine's weights take at most 0.2 of the first's. Needs vLLM
 
     tests/in_place.sh ~/.cache/weights/vllm-0.32.0/bin/python benchmarks/vllm_.py
 
-Every engine is a process of its own, and the files are in the page cache. For vLLM's own loader its
-`load_weights` is timed; for ours it is all phases of the report, digest and publishing included.
-Post-load, the same in all, is not counted.
+Every engine is a process of its own, and the ways take turns. The files are in the page cache, or with
+`--cold` are put out of it before each engine. For vLLM's own loader its `load_weights` is timed; for ours
+it is all phases of the report, digest and publishing included. Post-load, the same in all, is not counted.
 """
 
 from __future__ import annotations
@@ -129,6 +129,14 @@ def checkpoint(path: Path) -> Path:
     return path
 
 
+def evict(path: Path) -> None:
+    """Put the files out of the page cache."""
+    for file in path.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read(path: Path) -> tuple[int, float]:
     """Read every file into memory that was touched; return the bytes and seconds: the limit of any loader."""
     total, spent = 0, 0.0
@@ -147,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cold", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
         cache = Path(folder) / "cache"
@@ -155,6 +164,7 @@ def main() -> None:
         forms: dict[str, dict[str, Any]] = {
             "vLLM's own loader": {"load_format": "auto"},
             "weights, auto": {"load_format": "weights"},
+            "not mapped": {"load_format": "weights", "model_loader_extra_config": {"map_files": False}},
             "gms, first engine": {"load_format": "weights", "model_loader_extra_config": gms},
             "gms, second engine": {"load_format": "weights", "model_loader_extra_config": gms},
         }
@@ -162,10 +172,14 @@ def main() -> None:
         phases: dict[str, dict[str, float]] = {}
         nbytes = 0
         for _ in range(given.runs):
+            if given.cold:
+                evict(path)
             nbytes, seconds = read(path)
             taken["plain reads"].append(seconds)
             running = []
             for name, form in forms.items():
+                if given.cold:
+                    evict(path)
                 engine = Engine(path, form, cache)
                 taken[name].append(engine.seconds)
                 phases[name] = engine.phases
@@ -175,10 +189,16 @@ def main() -> None:
             for engine in running:
                 engine.close()
     medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    print(f"{nbytes / 1e9:.2f} GB, medians of {given.runs}")
+    print(
+        f"{nbytes / 1e9:.2f} GB, {'cold' if given.cold else 'warm'}, medians of {given.runs}, and the range"
+    )
+    own = taken["vLLM's own loader"]
     for name, seconds in medians.items():
-        ratio = seconds / medians["vLLM's own loader"]
-        print(f"{name:<20}{seconds:8.3f} s  {nbytes / seconds / 1e9:7.2f} GB/s  {ratio:6.2f} of vLLM's own")
+        ratios = [one / base for one, base in zip(taken[name], own, strict=True)]
+        spread = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(
+            f"{name:<20}{seconds:8.3f} s {nbytes / seconds / 1e9:7.2f} GB/s {spread} of vLLM's own, by round"
+        )
     for name in list(forms)[1:]:
         print(f"{name}: " + ", ".join(f"{p} {s:.3f}" for p, s in phases[name].items() if s >= 0.001))
     second = medians["gms, second engine"]

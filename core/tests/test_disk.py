@@ -309,3 +309,17 @@ def test_disk_is_part_of_every_host_and_its_claim_does_not_import_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_note_says_what_is_used_where_it_lies_as_long_as_it_is(tmp_path):
+    weights = open_set(write_checkpoint(tmp_path / "model", TENSORS))
+    lent = dict(weights.mapped())
+    if not lent:
+        pytest.skip("this kernel cannot bring in the pages of a mapping")
+    kept = lent.pop("t3").view(-1)[1:]  # a view: the tensor itself dies
+    del lent
+    (note,) = weights.notes
+    assert note.startswith(f"{TENSORS['t3'].nbytes / 1e6:,.1f} MB are used where they lie")
+    del kept
+    assert not weights.notes
+    weights.close()

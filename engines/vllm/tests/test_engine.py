@@ -86,6 +86,39 @@ def test_a_checkpoint_goes_through_the_models_own_loading(folder):
     assert report.applied.host_bytes == sum(p.nbytes for p in model.parameters())
 
 
+class Lends(Held):
+    """Lends all but one where they lie."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors, w.Layout.CHECKPOINT)
+        self.was_read = set()
+
+    def mapped(self, names=None):
+        yield from (item for item in self.tensors.items() if item[0] != "norm")
+
+    def read(self, name, slices=None):
+        self.was_read.add(name)
+        return super().read(name, slices)
+
+
+@pytest.mark.parametrize("map_files", [True, False])
+def test_a_model_on_the_host_copies_straight_out_of_the_files(map_files):
+    model, given = blank(Model()), Lends(checkpoint())
+    engine = VllmEngine(INFO, Path("nowhere"), lambda value, timeout: [value], map_files=map_files)
+    engine.model = model
+    engine.apply(given)
+    assert holds(model, due(checkpoint()))
+    assert given.was_read == ({"norm"} if map_files else checkpoint().keys())
+
+
+def test_no_file_is_in_use_when_the_model_has_copied_it(folder):
+    engine = engine_of(blank(Model()), folder)
+    report = w.load(engine, folder)
+    assert holds(engine.model, due(checkpoint()))
+    assert not report.notes
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
 def test_the_checkpoint_is_the_engines_own(folder, tmp_path):
     model = blank(Model())
     assert w.load(engine_of(model, folder), tmp_path / "another").checkpoint == folder
@@ -116,6 +149,19 @@ def test_a_set_that_fills_brings_its_tensors_into_the_parameters_own_memory():
     assert holds(model, due(checkpoint()))
     assert model.attention.scale == 3
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+
+
+def test_what_was_cut_from_a_checkpoint_may_lack_buffers_that_no_checkpoint_has():
+    model, tensors = blank(Model()), due(checkpoint())
+    with pytest.raises(CoverageError, match=r"missing 1 tensor: attention\.scale"):
+        engine_of(model).bind(Held(tensors))  # it was shared, so it should be there
+    given = Held(tensors)
+    given.fills = True
+    applied = engine_of(model).bind(given)
+    assert applied.written == tensors.keys()
+    assert applied.defaulted == {"attention.scale": "a buffer keeps what vLLM made it with"}
+    assert holds(model, tensors)
+    assert model.attention.scale == 1
 
 
 @pytest.mark.parametrize(
@@ -248,6 +294,10 @@ class Elsewhere(Model):
     secondary_weights = ("another/repository",)
 
 
+class OtherFiles(Model):
+    allow_patterns_overrides = ("vae/*.safetensors",)
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "why"),
     [
@@ -255,6 +305,7 @@ class Elsewhere(Model):
         (Forgets, CoverageError, "missing 1 tensor: norm"),
         (Crashes, LoadError, "AssertionError: shapes differ"),
         (Elsewhere, EngineError, "Elsewhere reads weights from several places"),
+        (OtherFiles, EngineError, "OtherFiles reads weights from several places"),
         (Attention, EngineError, "Attention has no load_weights"),
     ],
 )
@@ -343,6 +394,36 @@ def test_a_source_that_fails_half_way_is_followed_by_the_next(folder):
     assert holds(model, due(checkpoint()))
 
 
+class GoesAway(Held):
+    """Of which everything arrives, but who knows."""
+
+    fills = True
+
+    def fill(self, targets):
+        yield from super().fill(targets)
+        raise w.LoadFailed("the peer is gone", mutated=True)
+
+
+class GoesAwayPlugin:
+    weights_api = 1
+
+    @w.hookimpl
+    def resolve_format(self):
+        return w.FormatClaim(roles={w.Role.SOURCE}, layouts={w.Layout.SHARDED}, reason="goes away")
+
+    @w.hookimpl
+    def load_weights(self):
+        return GoesAway(sharded(seed=1))
+
+
+def test_a_shard_that_fails_half_way_leaves_no_buffer_behind(folder):
+    model = blank(Model())
+    report = w.load(engine_of(model, folder), folder, host=host_of(away=GoesAwayPlugin))
+    assert report.provider == "disk"
+    assert model.attention.scale == 1
+    assert holds(model, due(checkpoint()))
+
+
 def test_a_quantised_model_that_was_written_to_is_not_filled_again(folder):
     with pytest.raises(EngineError, match="was written to cannot be filled again"):
         w.load(engine_of(Model(), folder, quantization="fp8"), folder, host=host_of(breaks=BreaksPlugin))
@@ -360,3 +441,43 @@ def test_there_is_no_model_before_vllm_has_made_it():
     assert engine.anchor is engine
     with pytest.raises(EngineError, match="has not made the model yet"):
         engine.expected(w.Layout.SHARDED)
+
+
+def in_file(given, **places):
+    """Say of tensors where in a file they lie."""
+    given._metas = {
+        name: attrs.evolve(meta, file=Path("model.safetensors"), offset=places[name])
+        if name in places
+        else meta
+        for name, meta in given.metas.items()
+    }
+    return given
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_a_tied_parameter_may_go_by_any_of_its_names(fills):
+    model, tensors = blank(Model()), sharded()
+    tensors["head"] = tensors.pop("embed")
+    given = Held(tensors)
+    given.fills = fills
+    assert engine_of(model).bind(given).written == sharded().keys()
+    assert model.head is model.embed
+    assert holds(model, due(checkpoint()))
+
+
+def test_both_names_of_a_tied_parameter_must_be_of_one_tensor():
+    model, tensors = blank(Model()), sharded()
+    tensors["head"] = tensors["embed"]
+    given = in_file(Held(tensors), embed=8, head=8)
+    given.fills = True
+    assert engine_of(model).bind(given).written == sharded().keys()
+    assert holds(model, due(checkpoint()))
+    with pytest.raises(CoverageError, match="unexpected 1 tensor: head"):
+        engine_of(Model()).bind(in_file(Held(tensors), embed=8, head=16))
+    with pytest.raises(CoverageError, match="unexpected 1 tensor: head"):
+        engine_of(Model()).bind(Held(tensors))
+
+
+def test_weights_by_other_names_are_told_which_names_are_due():
+    with pytest.raises(CoverageError, match="go by the names of vLLM's own parameters"):
+        engine_of(Model()).bind(Held(checkpoint()))

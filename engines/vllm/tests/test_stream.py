@@ -63,3 +63,31 @@ def test_a_model_that_stops_early_leaves_the_rest_unread():
     next(stream)
     stream.close()
     assert set(weights.lent) == {"0"}
+
+
+class PartlyMapped(Recycling):
+    """Lends the even ones where they lie: no read of them is seen."""
+
+    def mapped(self, names=None):
+        for name in self._metas if names is None else names:
+            if not int(name) % 2:
+                yield name, torch.full((4,), float(name))
+
+
+def test_what_is_lent_where_it_lies_is_not_read_and_all_the_rest_is():
+    weights, got = PartlyMapped(200), {}
+    for name, tensor in consumed(weights, mapped=True):
+        got[name] = tensor[0].item()
+        del tensor
+    assert got == {str(i): float(i) for i in range(200)}
+    assert set(weights.lent) == {str(i) for i in range(1, 200, 2)}
+    assert sorted(weights.released, key=int) == [str(i) for i in range(200)]
+    assert set(dict(consumed(PartlyMapped(200)))) == set(got)
+
+
+def test_what_the_model_keeps_of_either_kind_is_released_when_it_is_done():
+    weights, kept = PartlyMapped(200), []
+    for name, tensor in consumed(weights, mapped=True):
+        kept.append(tensor)
+        assert not weights.released, name
+    assert len(weights.released) == 200

@@ -72,6 +72,12 @@ def test_a_missing_part_is_named(llama, saved, lost):
         load(llama, folder, 2)
 
 
+def test_what_post_load_may_have_rearranged_is_refused_with_the_reason(llama, saved):
+    engine = TensorParallelEngine(llama.SHAPE, transforms=True)
+    with pytest.raises(CheckpointError, match=r"doubled in place\. vLLM saves after its post-load"):
+        w.load(engine, saved(1), "presharded", host=host_of(presharded=PreshardedPlugin, config=ALONE))
+
+
 QUANTISED = {
     "says the configuration": (
         {"config": {"quantization_config": {"quant_method": "fp8"}}},

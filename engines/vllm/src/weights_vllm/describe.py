@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader import get_architecture_class_name, get_mo
 
 from weights_core import Axis, EngineInfo, Layout, Topology, dtypes
 
+_SHARDED_STATE = "model-rank-*-part-*.safetensors"
 _NOT_OF_THE_WEIGHTS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 
 
@@ -70,6 +71,20 @@ def checkpoint_of(model_config: ModelConfig, load_config: LoadConfig) -> Path:
     except (LocalEntryNotFoundError, ValueError):  # nothing there, or no hub id: the core says what to do
         return Path(given)
     return Path(folder)
+
+
+def tie_again(model_config: ModelConfig, folder: Path) -> None:
+    """Tie the embeddings of a model that vLLM has saved its own way, if its configuration says they are.
+
+    vLLM saves tied ones under the head's name alone. Where it is to load them itself it knows that;
+    else it takes them for a checkpoint that has a head of its own, and expects an embedding beside it.
+    """
+    if not getattr(model_config, "word_embeddings_untied_by_checkpoint", False):
+        return
+    if next(folder.glob(_SHARDED_STATE), None) is not None:
+        model_config.hf_config.tie_word_embeddings = True
+        model_config.hf_config.get_text_config().tie_word_embeddings = True
+        model_config.word_embeddings_untied_by_checkpoint = False
 
 
 def why_alone(vllm_config: VllmConfig, model_config: ModelConfig) -> str | None:

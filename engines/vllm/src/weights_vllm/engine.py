@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,16 @@ class VllmEngine(Engine):
     The model is made by vLLM after the load was planned: `model` is set then.
     """
 
-    def __init__(self, info: EngineInfo, checkpoint: Path, gather: Gather) -> None:
+    def __init__(self, info: EngineInfo, checkpoint: Path, gather: Gather, *, map_files: bool = True) -> None:
+        """Make an engine; with `map_files` parameters on the host are copied out of the files' pages."""
         self._info = info
+        self._map_files = map_files
         self._checkpoint = checkpoint
         self._gather = gather
         self._model: nn.Module | None = None
         self._originals: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers_made: dict[str, torch.Tensor] = {}
         self._before: Mapping[str, object] | None = None
         self._touched = False
         self._transformed = False
@@ -95,7 +98,8 @@ class VllmEngine(Engine):
             self._before = beside_tensors(model)
         self._touched = True
         give_memory(parameters)
-        loaded = load(consumed(weights))
+        on_host = all(parameter.device.type == "cpu" for parameter in parameters.values())
+        loaded = load(consumed(weights, mapped=self._map_files and on_host))
         if loaded is None:
             raise EngineError(
                 f"{self._info.model} does not say which parameters it loaded, so whether it is complete "
@@ -120,10 +124,12 @@ class VllmEngine(Engine):
         if weights.layout is not Layout.SHARDED:
             raise EngineError(_not_final(self._info.device))
         parameters, buffers = self._parameters(), _persistent_buffers(self.model)
-        self._check_fit(weights.metas)
+        named = self._fitting(weights.metas, buffers if weights.fills else ())
+        self._buffers_made = self._buffers_made or _copies(buffers)
         if weights.fills:
-            return self._fill(weights, parameters, buffers)
-        given = dict(weights.stream())
+            return self._fill(weights, named, parameters | buffers)
+        read = dict(weights.stream(named.values()))
+        given = {name: read[theirs] for name, theirs in named.items()}
         for name, tensor in given.items():
             mine = parameters[name] if name in parameters else buffers[name]
             if tensor.device != mine.device:
@@ -156,7 +162,7 @@ class VllmEngine(Engine):
         if self.unshareable is not None:
             raise EngineError(f"{self._info.model} cannot be shared: {self.unshareable}")
         if not self._buffers:
-            self._buffers = {n: b.detach().clone() for n, b in _persistent_buffers(self.model).items()}
+            self._buffers = _copies(_persistent_buffers(self.model))
         return self._parameters() | self._buffers
 
     def untouched(self) -> bool:
@@ -179,6 +185,8 @@ class VllmEngine(Engine):
         parameters = self._parameters()
         for name, data in self._originals.items():
             parameters[name].data = data
+        for name, made in self._buffers_made.items():
+            self.model.get_buffer(name).copy_(made)
         self._originals = {}
         self._buffers = {}
         self._touched = False
@@ -191,23 +199,27 @@ class VllmEngine(Engine):
         """Let go of what the load replaced."""
         self._originals = {}
         self._buffers = {}
+        self._buffers_made = {}
 
     def gather(self, value: object, timeout: float) -> Sequence[object]:
         """Ask the other ranks of vLLM's world group."""
         return self._gather(value, timeout)
 
     def _fill(
-        self, weights: WeightSet, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]
+        self, weights: WeightSet, named: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
     ) -> Applied:
         self._touched = True
-        give_memory(parameters)
-        targets = [Target(name, tensor.detach()) for name, tensor in (*parameters.items(), *buffers.items())]
+        give_memory(tensors)
+        ours = {theirs: name for name, theirs in named.items()}
+        spare = weights.metas.keys() - ours
         written = []
-        for target in weights.fill(targets):
-            written.append(target.name)
+        for target in weights.fill([Target(theirs, tensors[n].detach()) for n, theirs in named.items()]):
+            written.append(ours[target.name])
             weights.release([target.name])
-        host = sum(nbytes(t) for t in parameters.values() if t.device.type == "cpu")
-        return Applied(written=written, unused=(), host_bytes=host)
+        weights.release(spare)
+        made = dict.fromkeys(tensors.keys() - named, "a buffer keeps what vLLM made it with")
+        host = sum(nbytes(t) for t in self._parameters().values() if t.device.type == "cpu")
+        return Applied(written=written, defaulted=made, unused=(), host_bytes=host)
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_parameters())
@@ -216,18 +228,40 @@ class VllmEngine(Engine):
         for name, parameter in parameters.items():
             self._originals.setdefault(name, parameter.data)
 
-    def _check_fit(self, metas: Mapping[str, TensorMeta]) -> None:
+    def _fitting(self, metas: Mapping[str, TensorMeta], spared: Collection[str]) -> dict[str, str]:
+        """Return under which name the set has each tensor: a tied one may go by any of its names.
+
+        Those that are `spared` may be left out: what was cut from a checkpoint has no buffers that a
+        checkpoint has not.
+
+        Raises:
+            CoverageError: they are not this rank's tensors.
+        """
         due = self.expected(Layout.SHARDED)
-        missing = [name for name in due if name not in metas]
-        unexpected = [name for name in metas if name not in due]
+        ties = _ties(self.model)
+        named: dict[str, str] = {}
+        for name in due:
+            found = [one for one in (name, *ties.get(name, ())) if one in metas]
+            if found:
+                named[name] = found[0]
+        twins = {
+            one
+            for name, theirs in named.items()
+            for one in ties.get(name, ())
+            if one in metas and _at_one_place(metas[one], metas[theirs])
+        }
+        missing = [name for name in due if name not in named and name not in spared]
+        unexpected = sorted(metas.keys() - named.values() - twins)
         mismatched = {
-            name: f"{metas[name].dtype} {list(metas[name].shape)}, need {need.dtype} {list(need.shape)}"
-            for name, need in due.items()
-            if name in metas and (metas[name].shape, metas[name].dtype) != (need.shape, need.dtype)
+            theirs: f"{have.dtype} {list(have.shape)}, need {need.dtype} {list(need.shape)}"
+            for theirs, have, need in ((theirs, metas[theirs], due[name]) for name, theirs in named.items())
+            if (have.shape, have.dtype) != (need.shape, need.dtype)
         }
         parts = [f"missing {coverage.listed(missing)}"] if missing else []
         parts += [f"unexpected {coverage.listed(unexpected)}"] if unexpected else []
         parts += [f"{name} is {why}" for name, why in list(mismatched.items())[: coverage.SHOWN]]
+        if missing and unexpected:
+            parts.append("SHARDED weights for vLLM go by the names of vLLM's own parameters")
         if parts:
             raise CoverageError(
                 f"the weights do not fit vLLM's {self._info.model}: {'; '.join(parts)}",
@@ -235,6 +269,7 @@ class VllmEngine(Engine):
                 unexpected=unexpected,
                 mismatched=mismatched,
             )
+        return named
 
     def _defaulted(self, missing: set[str]) -> dict[str, str]:
         """Return which parameters need not come from the checkpoint, and why."""
@@ -276,7 +311,7 @@ def _loader_of(model: nn.Module) -> Callable[..., Any]:
     load: Callable[..., Any] | None = getattr(model, "load_weights", None)
     if load is None:
         raise EngineError(f"vLLM's {kind} has no load_weights: the load format cannot serve it")
-    if getattr(model, "secondary_weights", None):
+    if getattr(model, "secondary_weights", None) or getattr(model, "allow_patterns_overrides", None):
         raise EngineError(
             f"vLLM's {kind} reads weights from several places: load it with vLLM's own --load-format auto"
         )
@@ -290,6 +325,24 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _ties(model: nn.Module) -> dict[str, list[str]]:
+    """Return the further names of parameters that have several."""
+    first: dict[int, str] = {}
+    ties: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            ties.setdefault(first[id(parameter)], []).append(name)
+    return ties
+
+
+def _at_one_place(one: TensorMeta, other: TensorMeta) -> bool:
+    return one.file is not None and (one.file, one.offset) == (other.file, other.offset)
 
 
 def _not_final(device: str) -> str:

@@ -17,12 +17,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import BaseModelLoader
 
 from weights_core import Layout, Session, explain, open_session
-from weights_core.errors import CleanupError, EngineError
+from weights_core.errors import CleanupError, EngineError, FormatError
 from weights_vllm import ranks, version
-from weights_vllm.describe import checkpoint_of, describe, group_of, role_of, why_alone
+from weights_vllm.describe import checkpoint_of, describe, group_of, role_of, tie_again, why_alone
 from weights_vllm.engine import VllmEngine
 from weights_vllm.parameters import without_memory
-from weights_vllm.settings import NAME, settings_of
+from weights_vllm.settings import NAME, LoaderSettings, settings_of
 
 log = init_logger("vllm.plugins.weights")  # vLLM shows what is logged below its own name
 
@@ -71,8 +71,9 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Plan the load, let vLLM make the model, fill it and transform it, and finish."""
-        engine = _engine(vllm_config, model_config, self.load_config)
-        info, settings = engine.info, self._settings
+        settings = self._settings
+        engine = _engine(vllm_config, model_config, self.load_config, settings)
+        info = engine.info
         told = version.warning(vllm.__version__)
         if told and info.topology.rank == 0:
             log.warning("%s", told)
@@ -86,7 +87,12 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
             settings.config,
             timeout=settings.timeout,
         ) as session:
-            plan = session.resolve()
+            try:
+                plan = session.resolve()
+            except FormatError as exc:
+                if alone:
+                    exc.add_note(f'this model cannot be shared, {alone}: let "format" name sources only')
+                raise
             with contextlib.ExitStack() as making:
                 if plan.owner is not None:  # it says where the parameters are to live
                     making.enter_context(without_memory())
@@ -126,13 +132,18 @@ class WeightsModelLoader(BaseModelLoader):  # type: ignore[misc]
         begun.engine.transforms()
 
     def _held(self, vllm_config: VllmConfig, model_config: ModelConfig) -> int:
-        engine = _engine(vllm_config, model_config, self.load_config)
+        engine = _engine(vllm_config, model_config, self.load_config, self._settings)
         format = self._settings.format_of(engine.info.role)
         held = explain(engine, engine.checkpoint, format, self._settings.config).held
         return held() if held is not None else 0
 
 
-def _engine(vllm_config: VllmConfig, model_config: ModelConfig, load_config: LoadConfig) -> VllmEngine:
+def _engine(
+    vllm_config: VllmConfig, model_config: ModelConfig, load_config: LoadConfig, settings: LoaderSettings
+) -> VllmEngine:
+    checkpoint = checkpoint_of(model_config, load_config)
+    tie_again(model_config, checkpoint)
     info = describe(vllm_config, model_config)
     group = group_of(vllm_config, info.role).cpu_group
-    return VllmEngine(info, checkpoint_of(model_config, load_config), functools.partial(ranks.gather, group))
+    gather = functools.partial(ranks.gather, group)
+    return VllmEngine(info, checkpoint, gather, map_files=settings.map_files)

@@ -23,13 +23,15 @@ class LoaderSettings:
 
     `format` is as `weights_core.load` takes it; `draft_format` is that of a draft model, where it is to
     be another. `config` maps plugins to their settings, over what `WEIGHTS_CONFIG` says. `timeout`
-    is how long a rank waits for the others, in seconds.
+    is how long a rank waits for the others, in seconds. With `map_files` a model on the host copies
+    its weights out of the files' own pages.
     """
 
     format: Format = "auto"
     draft_format: Format | None = None
     config: dict[str, dict[str, Any]] = attrs.field(factory=dict)
     timeout: float = attrs.field(default=600.0, validator=attrs.validators.gt(0))
+    map_files: bool = True
 
     def format_of(self, role: str) -> Format:
         """Return the format for a model of this role."""

@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[3]
 QUESTION = "What is the capital of France?"
 IDS = [1, 5, 9, 44]
+TP2 = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "threads": "0|1"}
+ALONE = {"skip_tokenizer_init": True}
 
 
 class Engine:
@@ -137,6 +139,35 @@ def hosts(_hosts, start, where):
 
 
 @pytest.fixture(scope="session")
+def expected():
+    """What vLLM's own loader leads to, by case: asked once."""
+    return {}
+
+
+def reference(expected, case, engine, question, **arguments):
+    """Load by `--load-format auto`, and keep the answer."""
+    if case not in expected:
+        engine("load", **arguments)
+        expected[case] = answers(engine, question)
+        engine("close")
+    return expected[case]
+
+
+def refused(engine, why, **arguments):
+    """Load what must not load: one error says why, and the process can go on."""
+    engine.begin("load", **arguments, **ALONE)
+    told = engine.answer()
+    assert re.search(why, told.get("why", "")), told
+    engine("close")
+
+
+def answers(engine, question):
+    told = engine("ask", question=question)
+    assert len(told["ids"]) == len(told["logprobs"]) == 8
+    return told
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """Real weights: SmolLM2-135M-Instruct, dequantised once into the demo's cache."""
     sys.path.insert(0, str(ROOT / "examples"))
@@ -172,6 +203,40 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def quantised(tmp_path_factory, llama):
+    """The same model in 8 bits, as compressed-tensors writes it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, made = tmp_path_factory.mktemp("quantised"), {}
+    for file in Path(llama).glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            made[name] = tensor
+            if name.endswith("_proj.weight"):
+                scale = tensor.float().abs().amax(1, keepdim=True) / 127
+                made[name] = (tensor.float() / scale).round().to(torch.int8)
+                made[f"{name}_scale"] = scale.bfloat16()
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((Path(llama) / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def draft(tmp_path_factory):
     return random_llama(tmp_path_factory.mktemp("draft"), 1)
 
@@ -199,6 +264,19 @@ def gms(where):
 def status(where):
     """Return what the broker says of itself, or None if there is none."""
     return lambda: client.ask_once(client.Endpoint(where), {"op": "status"})
+
+
+def workers_of(engine):
+    """Return the processes that an engine's process has started and that still run."""
+    found = []
+    for pid in waiting.running():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            ours = int(session) == engine.process.pid != pid and state != "Z"
+            if ours and b"resource_tracker" not in command:  # it goes with the engine's process
+                found.append(pid)
+    return found
 
 
 def brokers_of(where):

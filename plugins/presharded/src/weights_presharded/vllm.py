@@ -21,6 +21,10 @@ _WHY = (
     "vLLM saves after its post-load, which changes quantised weights, and would change them again when they "
     "are loaded: cut the original checkpoint with `weights shard`"
 )
+_REARRANGED = (
+    "vLLM saves after its post-load, and would do that again when they are loaded: cut the original "
+    "checkpoint with `weights shard`"
+)
 _QUANTISED = re.compile(r"(^|\.)(weight_scale\w*|input_scale|[qg]weight|qzeros|g_idx|scales|weight_packed)$")
 
 
@@ -37,7 +41,7 @@ def open_vllm(folder: Path, info: EngineInfo) -> RankSet:
     """Open the files of an engine's rank.
 
     Raises:
-        CheckpointError: files are missing, or of quantised weights.
+        CheckpointError: files are missing, of quantised weights, or what post-load has made of others.
         IdentityMismatchError: they were saved for another number of ranks.
     """
     parts = _parts(folder)
@@ -52,6 +56,8 @@ def open_vllm(folder: Path, info: EngineInfo) -> RankSet:
             fields={"axes": (need, have)},
         )
     _refuse_quantised(folder, info)
+    if info.post_load_writes is not None:
+        raise CheckpointError(f"{info.post_load_writes}. {_REARRANGED}", file=folder)
     files = tuple(folder / f"model-rank-{rank}-part-{part}.safetensors" for part in range(parts[rank]))
     inner = ShardSet(
         open_shards(CheckpointFiles(root=folder, kind="safetensors", files=files)), provider="presharded"
