@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from stack import MIB, SIZE, WIDTH, Stack, free, meta, right, started, total, written
+from stack import MIB, SIZE, WIDTH, Stack, free, meta, right, started, total
 
 import weights_core as w
 from weights_core.errors import ArenaError, IdentityMismatchError
@@ -50,21 +50,6 @@ for line in sys.stdin:
             print(json.dumps(f"trapped: {error}"[:60]), flush=True)
             os._exit(1)
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return written(tmp_path_factory.mktemp("ckpt"))
-
-
-@pytest.fixture(scope="module")
-def tensors(checkpoint):
-    return checkpoint[0]
-
-
-@pytest.fixture(scope="module")
-def path(checkpoint):
-    return checkpoint[1]
 
 
 @pytest.fixture

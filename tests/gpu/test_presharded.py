@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from stack import MIB, SIZE, Stack, free, meta, right, started, total, written
+from stack import MIB, SIZE, Stack, free, meta, right, started, total
 
 import weights_core as w
 from weights_core.testing.waiting import until
@@ -47,28 +47,18 @@ for line in sys.stdin:
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU here")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return written(tmp_path_factory.mktemp("ckpt"))
-
-
-@pytest.fixture(scope="module")
-def tensors(checkpoint):
-    return checkpoint[0]
-
-
 @pytest.fixture
 def registry(tmp_path):
     return str(tmp_path / "peers")
 
 
 @pytest.fixture
-def peer(checkpoint, registry):
+def peer(path, registry):
     """Start processes that load and serve; each says what came."""
     running = []
 
     def start(device="cuda:0", **settings):
-        process = started(PEER, checkpoint[1], registry, device, json.dumps(settings))
+        process = started(PEER, path, registry, device, json.dumps(settings))
         running.append(process)
         return process, json.loads(process.stdout.readline())
 
@@ -79,13 +69,13 @@ def peer(checkpoint, registry):
 
 
 @pytest.fixture
-def load(checkpoint, registry):
+def load(path, registry):
     reports = []
 
     def load(into=None, device="cuda:0", **settings):
         into = meta() if into is None else into
         config = {"presharded": {"registry": registry, "beat": 0.5, **settings}}
-        report = w.load(w.TorchEngine(into, device=device), checkpoint[1], "presharded", config)
+        report = w.load(w.TorchEngine(into, device=device), path, "presharded", config)
         reports.append(report)
         return into, report
 
