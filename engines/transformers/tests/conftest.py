@@ -41,6 +41,8 @@ CAUSAL = {
     "llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
     "qwen3-tied": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+    "llama-even": LlamaConfig(**{**SMALL, "vocab_size": 200}, tie_word_embeddings=False),
+    "qwen3-even": Qwen3Config(**{**SMALL, "vocab_size": 200}, head_dim=16, tie_word_embeddings=True),
 }
 BERT = BertConfig(
     vocab_size=199, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96

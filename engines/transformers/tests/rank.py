@@ -37,7 +37,8 @@ def main():
             from weights_transformers import open_engine
 
             engine = open_engine(AutoModelForCausalLM, folder, tp_plan="auto")
-            report = w.load(engine, folder, given["by"], given.get("config"), timeout=60.0)
+            source = given.get("source", folder)
+            report = w.load(engine, source, given["by"], given.get("config"), timeout=60.0)
             model = engine.model
             told = {"provider": report.provider, "bytes": report.nbytes, "published": len(report.receipts)}
             told |= {"engine": type(engine).__name__, "axes": str(engine.info.topology.axes)}

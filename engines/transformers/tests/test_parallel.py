@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from weights_presharded import shard
+
 RANK = Path(__file__).parent / "rank.py"
 
 
@@ -94,6 +96,18 @@ def test_a_rank_reads_its_slices_alone(saved, run, name):
         assert one["axes"] == f"{{'tp': Axis(size=2, rank={rank})}}"
         assert one["provider"] == "parallel_shards"
         assert one["share"] <= one["bytes"] <= one["share"] * 1.02
+
+
+@pytest.mark.parametrize("name", ["llama-even", "qwen3-even"])
+def test_ranks_read_their_own_files_of_a_checkpoint_that_was_cut(saved, run, tmp_path, name):
+    path = saved(name)
+    shard(path, tmp_path / "cut", size=2)
+    _, theirs = run(path, "theirs", by="transformers")
+    told, ours = run(path, "ours", by="presharded", source=str(tmp_path / "cut"))
+    assert not [one["error"] for one in told if "error" in one]
+    assert [one["provider"] for one in told] == ["presharded"] * 2
+    assert_same(ours, theirs)
+    assert all(one["bytes"] <= one["share"] * 1.02 for one in told)
 
 
 def test_ranks_share_with_those_of_another_engine(saved, run, vault):
