@@ -313,7 +313,7 @@ def held_at(folder):
 
 def held_while_reading(folder, real=nixl._read):
     """Have NIXL read in many small pieces, and wait when some are here and others on their way."""
-    nixl.PIECE, nixl.READS = 4096, 4
+    nixl.PIECE, nixl.LARGEST, nixl.READS = 4096, 4096, 4
 
     def read(agent, *given):
         check, ended = agent.agent.check_xfer_state, []

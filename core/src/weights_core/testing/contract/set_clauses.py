@@ -177,8 +177,8 @@ def what_is_mapped_is_the_engines_own(case: Case) -> None:
                 case.same(name, tensor, prepared.truth[name], "mapped(), after others were written to,")
                 tensor.copy_(_pattern_like(tensor))
                 kept.append((name, tensor))
-            for name, due in prepared.truth.items():
-                case.same(name, weights.read(name), due, "read(), after what was mapped was written to,")
+        for name, due in prepared.truth.items():
+            case.same(name, weights.read(name), due, "read(), after what was mapped was written to,")
         weights.release(prepared.truth)
         weights.close()
     for name, tensor in kept:
