@@ -98,6 +98,8 @@ def environ(tmp_path_factory):
 def start(tmp_path_factory, environ):
     """Start an engine's process; all are killed at the end."""
     folder, started, numbers = tmp_path_factory.mktemp("logs"), [], itertools.count()
+    shared = Path("/dev/shm")
+    before = set(shared.glob("psm_*"))
 
     def start():
         started.append(Engine(folder / f"{next(numbers)}.log", environ))
@@ -107,8 +109,10 @@ def start(tmp_path_factory, environ):
     for engine in started:
         engine.kill()
         for group in set(re.findall(r"vllm_dist_[0-9a-f]{32}", engine.said())):
-            for left in Path("/dev/shm").glob(f"{group}*"):  # vLLM's ranks leave them behind
+            for left in shared.glob(f"{group}*"):  # vLLM's ranks leave them behind
                 left.unlink()
+    for left in set(shared.glob("psm_*")) - before:  # and those that are killed, their queues
+        left.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
