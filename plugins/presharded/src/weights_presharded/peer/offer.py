@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from weights_core import Engine
     from weights_presharded.peer.gates import Serving
 
-_ADD_SEALS, _ALL_SEALS = 1033, 15
-
 
 @attrs.frozen(eq=False, kw_only=True)
 class Offer:

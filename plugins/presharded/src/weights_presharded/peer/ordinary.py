@@ -66,7 +66,7 @@ class OrdinaryBacking(Backing):
     def __init__(self, shared: Backing, take: Callable[[int], torch.Tensor]) -> None:
         """Take memory by `take`, of the device that `shared` makes other memory of."""
         self.kind, self.device = shared.kind, shared.device
-        self.written = shared.written  # type: ignore[method-assign]
+        self._shared = shared
         self._take = take
 
     def create(self, nbytes: int, *, private: bool) -> Segment:
@@ -90,6 +90,10 @@ class OrdinaryBacking(Backing):
             ArenaError: always.
         """
         raise ArenaError("ordinary memory of a device cannot be mapped by another process")
+
+    def written(self) -> None:
+        """Wait for the device."""
+        self._shared.written()
 
     def check_room(self, nbytes: int) -> None:
         """Nothing: it is seen when memory is taken."""
