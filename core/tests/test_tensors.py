@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weights_core import dtypes
-from weights_core.tensors import LARGE, empty
+from weights_core.tensors import LARGE, STAGE, as_bytes, empty, fill_through, stage_for
 from weights_core.testing import every_dtype
 
 PAGE = mmap.PAGESIZE
@@ -92,3 +92,24 @@ def test_memory_is_private_to_a_process():
 def test_more_than_there_is_is_a_memory_error():
     with pytest.raises(MemoryError, match="no memory for a tensor of"):
         empty((1 << 60,), torch.uint8)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 20])
+def test_filling_through_a_stage_brings_every_byte_once(size: int) -> None:
+    data = torch.arange(size * 4, dtype=torch.uint8)
+    asked: list[tuple[int, int]] = []
+
+    def read(memory: torch.Tensor, begin: int) -> None:
+        asked.append((begin, memory.numel()))
+        memory.copy_(data[begin : begin + memory.numel()])
+
+    out = torch.zeros(size, dtype=torch.float32)
+    fill_through(torch.empty(12, dtype=torch.uint8), out, read)
+    assert torch.equal(as_bytes(out), data)
+    assert asked == [(begin, min(12, size * 4 - begin)) for begin in range(0, size * 4, 12)]
+
+
+def test_a_stage_is_no_larger_than_what_it_is_for() -> None:
+    assert stage_for(torch.empty(3, dtype=torch.int16)).numel() == 6
+    assert stage_for(torch.empty(STAGE, dtype=torch.int16)).numel() == STAGE
+    assert not stage_for(torch.empty(3)).is_pinned()

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +39,27 @@ class FilePages:
         """
         self._file = file
         self._mapping = Mapping(file.fileno(), file.size, "private")
+        self._brought: list[range] = []
+        self._lock = threading.Lock()
         with contextlib.suppress(OSError):  # a hint: twice the read-ahead
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def bring(self, offset: int, count: int) -> int:
-        """Read bytes into their pages; return 0, or the number of the kernel's error."""
-        address = self._mapping.address + offset
-        begin, end = address // PAGE * PAGE, -(-(address + count) // PAGE) * PAGE
-        return ctypes.get_errno() if libc().madvise(begin, end - begin, _POPULATE_READ) else 0
+        """Read bytes into their pages, once; return 0, or the number of the kernel's error."""
+        begin, end = offset // PAGE * PAGE, -(-(offset + count) // PAGE) * PAGE
+        if any(begin in done and end <= done.stop for done in self._brought):
+            return 0
+        if libc().madvise(self._mapping.address + begin, end - begin, _POPULATE_READ):
+            return ctypes.get_errno()
+        with self._lock:
+            joined, others = range(begin, end), []
+            for done in self._brought:
+                if done.stop < joined.start or joined.stop < done.start:
+                    others.append(done)
+                else:
+                    joined = range(min(joined.start, done.start), max(joined.stop, done.stop))
+            self._brought = [*others, joined]
+        return 0
 
     def tensor(self, offset: int, count: int) -> torch.Tensor | None:
         """Return bytes as a flat uint8 tensor, or None where the kernel cannot bring pages in at once.

@@ -125,23 +125,27 @@ class SafetensorsShard(Shard):
         return tensor if tuple(tensor.shape) == shape else self._clone(tensor)
 
     def read_into(self, name: str, out: torch.Tensor, slices: Slices | None = None) -> None:
-        """Read straight into `out` if it is contiguous host memory and whole rows are wanted."""
-        from weights_core.tensors import as_bytes
+        """Read whole rows straight into `out` if it is contiguous, to a device through pinned memory."""
+        from weights_core.tensors import as_bytes, fill_through, stage_for
 
         meta = self.metas[name]
         dtype = self.torch_dtype(meta)
         wanted = normalise(slices, meta.torch_shape)
         check_destination(name, out, tuple(len(r) for r in wanted), dtype)
-        if out.device.type == "cpu" and out.is_contiguous() and _whole_rows(meta, wanted):
-            _, skip = _row_bytes(meta, wanted[:1])
+        _, skip = _row_bytes(meta, wanted[:1])
+        if not out.is_contiguous() or not _whole_rows(meta, wanted):
+            out.detach().copy_(self.read(name, slices))
+        elif out.device.type == "cpu":
             self._read(meta, as_bytes(out), skip)
         else:
-            out.detach().copy_(self.read(name, slices))
+            fill_through(stage_for(out), out, lambda memory, at: self._read(meta, memory, skip + at))
 
     def extent(self, name: str, slices: Slices | None = None) -> range | None:
         """Return which bytes of the file a part takes; None if not one aligned piece, or none at all."""
         meta = self.metas[name]
-        wanted = normalise(slices, meta.torch_shape)
+        return self._extent(meta, normalise(slices, meta.torch_shape))
+
+    def _extent(self, meta: TensorMeta, wanted: tuple[range, ...]) -> range | None:
         count, skip = _row_bytes(meta, wanted[:1])
         begin = (meta.offset or 0) + skip
         try:
@@ -154,7 +158,9 @@ class SafetensorsShard(Shard):
 
     def mapped(self, name: str, slices: Slices | None = None) -> torch.Tensor | None:
         """Return whole rows where they lie, if their elements are aligned and the system can map them."""
-        extent = self.extent(name, slices)
+        meta = self.metas[name]
+        wanted = normalise(slices, meta.torch_shape)
+        extent = self._extent(meta, wanted)
         if extent is None:
             return None
         try:
@@ -166,10 +172,7 @@ class SafetensorsShard(Shard):
             raise
         if raw is None:
             return None
-        meta = self.metas[name]
-        return raw.view(self.torch_dtype(meta)).view(
-            tuple(len(chosen) for chosen in normalise(slices, meta.torch_shape))
-        )
+        return raw.view(self.torch_dtype(meta)).view(tuple(map(len, wanted)))
 
     def bring(self, extent: range) -> None:
         """Have the kernel read bytes into the pages that `mapped` lends; what fails, fails there."""

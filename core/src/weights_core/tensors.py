@@ -6,8 +6,11 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 
 from weights_core import dtypes
 from weights_core.errors import EngineError
@@ -18,6 +21,9 @@ LARGE = 256 << 10
 
 HUGE = 4 << 20
 """Bytes from which on that memory is asked for in huge pages."""
+
+STAGE = 16 << 20
+"""Bytes of host memory that `stage_for` returns at most."""
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -36,6 +42,24 @@ def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
     except KeyError:
         raise EngineError(f"tensor {name!r} has dtype {tensor.dtype}, which no checkpoint can hold") from None
     return TensorMeta(name, dtypes.stored_shape(dtype, tuple(tensor.shape)), dtype, nbytes(tensor))
+
+
+def slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yield where each parameter and persistent buffer hangs: a module's dict, the full name, the key there.
+
+    In the order of `named_modules`; what is tied, or in a module that is shared, comes under each name.
+    """
+    due = [("", model)]
+    while due:
+        prefix, module = due.pop()
+        for place in (module._parameters, module._buffers):
+            for key, tensor in list(place.items()):
+                if tensor is not None and key not in module._non_persistent_buffers_set:
+                    yield place, prefix + key, key
+        children = [
+            (f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None
+        ]
+        due += reversed(children)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,6 +100,28 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, *, offset: int | None = No
 def allocate(nbytes: int, offset: int = 0) -> torch.Tensor:
     """Return bytes made by `empty`, as sets allocate; see `weights_core.weightset.Allocate`."""
     return empty((nbytes,), torch.uint8, offset=offset)
+
+
+def stage_for(out: torch.Tensor) -> torch.Tensor:
+    """Return host memory, as flat uint8, to bring bytes to a device through; pinned if that is CUDA's.
+
+    Torch keeps pinned memory for the next call.
+    """
+    is_cuda = out.device.type == "cuda"
+    return torch.empty(min(nbytes(out), STAGE), dtype=torch.uint8, device="cpu", pin_memory=is_cuda)
+
+
+def fill_through(stage: torch.Tensor, out: torch.Tensor, read: Callable[[torch.Tensor, int], None]) -> None:
+    """Fill contiguous `out`, on any device, through `stage`, as often as it takes.
+
+    `read(memory, begin)` is to fill `memory` with the bytes from `begin` on.
+    """
+    flat = as_bytes(out)
+    for begin in range(0, flat.numel(), max(1, stage.numel())):
+        part = flat[begin : begin + stage.numel()]
+        memory = stage[: part.numel()]
+        read(memory, begin)
+        part.copy_(memory)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 from weights_core import coverage, dtypes
 from weights_core.engine import Alloc, Engine
 from weights_core.errors import CoverageError, EngineError
-from weights_core.tensors import as_bytes, empty, meta_of, nbytes
+from weights_core.tensors import as_bytes, empty, meta_of, nbytes, slots
 from weights_core.types import Applied, EngineInfo, Layout, TensorMeta, Topology
 from weights_core.weightset import Target, WeightSet
 
@@ -77,16 +77,17 @@ class TorchEngine(Engine):
         self._gather = gather
         self._originals: dict[_Place, torch.Tensor] | None = None
         self._written_in_place = False
-        self._had_memory = any(not t.is_meta for t in _named_tensors(model).values())
+        tensors = _named_tensors(model)
+        self._had_memory = any(not t.is_meta for t in tensors.values())
         self._allocated = 0
-        _refuse_what_cannot_be_written(model)
+        _refuse_what_cannot_be_written(model, tensors)
         if gather is None and topology is not None and topology.world.size > 1:
             raise EngineError("the topology has several ranks: they need gather= to agree on the load")
         self._info = EngineInfo(
             name="torch",
             version=torch.__version__,
             model=type(model).__qualname__,
-            dtype=_common_dtype(model),
+            dtype=_common_dtype(tensors),
             quantization=quantization,
             device=str(self._device),
             topology=topology or Topology(),
@@ -398,12 +399,7 @@ def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Not the state dict: a module's hooks may hand out copies or other names there.
     """
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    }
+    return {name: place[key] for place, name, key in slots(model)}
 
 
 def _ties(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
@@ -421,14 +417,13 @@ def _place_of(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _common_dtype(model: nn.Module) -> str | None:
-    one_of_each = {parameter.dtype: (name, parameter) for name, parameter in model.named_parameters()}
+def _common_dtype(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    one_of_each = {t.dtype: (name, t) for name, t in tensors.items() if isinstance(t, nn.Parameter)}
     found = {meta_of(*named).dtype for named in one_of_each.values()}
     return found.pop() if len(found) == 1 else None
 
 
-def _refuse_what_cannot_be_written(model: nn.Module) -> None:
-    tensors = _named_tensors(model)
+def _refuse_what_cannot_be_written(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     lost = [name for name, b in model.named_buffers() if b.is_meta and name not in tensors]
     if lost:
         raise EngineError(

@@ -378,7 +378,9 @@ def normalise(slices: Slices | None, shape: tuple[int, ...]) -> tuple[range, ...
     Raises:
         ValueError: more slices than dimensions, or a step other than 1.
     """
-    given = slices or ()
+    if not slices:
+        return tuple(map(range, shape))
+    given = slices
     if len(given) > len(shape):
         raise ValueError(f"{len(given)} slices for {len(shape)} dimensions")
     if any(s.step not in (None, 1) for s in given):

@@ -8,7 +8,7 @@ with a state dict of traced tensors, and what ends up in the model says where ea
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from weights_core import coverage
 from weights_core.errors import EngineError
+from weights_core.tensors import slots
 from weights_transformers.recipes import Held, Recipe, leaves
 from weights_transformers.traced import Tracer, values
 
@@ -147,15 +148,6 @@ def _read(model: nn.Module, info: Mapping[str, Any], tracer: Tracer) -> Trace:
         if lost:
             raise tracer.lose(f"it takes {coverage.listed(lost)} elsewhere than into its parameters")
     return result
-
-
-def slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Yield the place of each parameter and persistent buffer, with its name."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for place in (module._parameters, module._buffers):
-            for key, tensor in list(place.items()):
-                if tensor is not None and key not in module._non_persistent_buffers_set:
-                    yield place, f"{prefix}.{key}" if prefix else key, key
 
 
 def _blank(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,8 @@ class Traced(torch.Tensor):
     tracer: Tracer
 
     @staticmethod
-    def of(recipe: Recipe, like: torch.Tensor, tracer: Tracer) -> Traced:
-        """Return a traced tensor with the shape, dtype and strides of `like`."""
-        own = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+    def of(recipe: Recipe, own: torch.Tensor, tracer: Tracer) -> Traced:
+        """Return `own` as a traced tensor; what else lies in its storage must have the same recipe."""
         made: Traced = torch.Tensor._make_subclass(Traced, own)
         made.recipe, made.tracer = recipe, tracer
         tracer.note(own, recipe)
@@ -179,6 +178,11 @@ def _read_part(meta: TensorMeta, slices: tuple[slice, ...], tracer: Tracer) -> T
     return Traced.of(pieces, torch.empty(pieces.shape, dtype=pieces.dtype, device="meta"), tracer)
 
 
+def _fresh(like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on meta with the shape, dtype and strides of `like`, and storage of its own."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+
+
 def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Any:
     name = _name(func)
     first = args[0] if args else None
@@ -194,13 +198,15 @@ def _traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if name == "requires_grad_" or name.endswith(".__set__"):
         return result
     if isinstance(result, torch.Tensor):
-        return Traced.of(_recipe(name, func, args, kwargs, result), result, tracer)
+        recipe = _recipe(name, func, args, kwargs, result)
+        is_same = isinstance(first, Traced) and recipe is first.recipe
+        return Traced.of(recipe, result if is_same else _fresh(result), tracer)
     if isinstance(result, tuple | list) and any(isinstance(item, torch.Tensor) for item in result):
         plain_args, plain_kwargs = _plain(args), _plain(kwargs)
         return type(result)(
             Traced.of(
                 _item(name, args, kwargs, result, index) or Call(func, plain_args, plain_kwargs, index),
-                item,
+                _fresh(item),
                 tracer,
             )
             for index, item in enumerate(result)
@@ -265,13 +271,13 @@ def _to(func: Callable[..., Any], tensor: Traced, args: tuple[Any, ...], kwargs:
         return tensor
     result = tensor.detach().to(dtype)
     found = recipes.cast(tensor.recipe, dtype) if isinstance(tensor.recipe, Pieces) else None
-    return Traced.of(found or Call(func, (tensor.recipe, dtype), {}), result, tensor.tracer)
+    return Traced.of(found or Call(func, (tensor.recipe, dtype), {}), _fresh(result), tensor.tracer)
 
 
 def _replace(tensor: Traced, data: object, tracer: Tracer) -> None:
     if not isinstance(data, Traced) or data.shape != tensor.shape or data.dtype != tensor.dtype:
         raise tracer.lose("a tensor's data is replaced by what is not traced")
-    tensor.recipe = data.recipe
+    tensor.data, tensor.recipe = _fresh(data), data.recipe  # what it was a view of stays as it was
     tracer.note(tensor, data.recipe)
 
 
