@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from weights_core.errors import EngineError
+from weights_core.tensors import slots
 from weights_transformers.recipes import Held, Pieces, Recipe, part
-from weights_transformers.trace import INITIALISED, Trace, slots
+from weights_transformers.trace import INITIALISED, Trace
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from weights_core import Applied, EngineInfo, Layout, TorchEngine, WeightSet, coverage, dtypes
-from weights_core.engine import Alloc
 from weights_core.errors import CoverageError
+from weights_core.tensors import slots
 from weights_transformers.mapped import ModelWeights
 from weights_transformers.ranks import Group, topology_of
 from weights_transformers.recipes import fingerprint
-from weights_transformers.trace import Trace, slots
+from weights_transformers.trace import Trace
 
 
 class TransformersEngine(TorchEngine):
@@ -96,15 +96,9 @@ class TransformersEngine(TorchEngine):
 
     def bind(self, weights: WeightSet) -> Applied:
         """Make the set's own tensors the parameters, without a copy."""
-        _empty_cache(self.info.device)
         done = super().bind(weights)
         self._tie()
         return done
-
-    def materialize(self, alloc: Alloc) -> int:
-        """Give each parameter memory from `alloc`."""
-        _empty_cache(self.info.device)
-        return super().materialize(alloc)
 
     def loaded(self) -> None:
         """Put whole parameters in the place of this rank's parts: from now on the model is Transformers'."""
@@ -140,9 +134,3 @@ def _whole(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     made = nn.Parameter(tensor, requires_grad=part.requires_grad)
     vars(made).update(vars(part))
     return made
-
-
-def _empty_cache(device: str) -> None:
-    """Give back what Transformers reserves on a device for weights that are to live elsewhere."""
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()

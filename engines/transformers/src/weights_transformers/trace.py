@@ -7,14 +7,16 @@ with a state dict of traced tensors, and what ends up in the model says where ea
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from weights_core import coverage
 from weights_core.errors import EngineError
@@ -93,10 +95,12 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
     """
     tracer = Tracer()
     state = torch.get_rng_state()
+    is_elsewhere = arguments.keys() & {"device_map", "distributed_config"}
     try:
-        model, info = cls.from_pretrained(
-            None, config=config, state_dict=values(metas, tracer), output_loading_info=True, **arguments
-        )
+        with NothingReserved() if is_elsewhere else contextlib.nullcontext():
+            model, info = cls.from_pretrained(
+                None, config=config, state_dict=values(metas, tracer), output_loading_info=True, **arguments
+            )
         if tracer.lost is not None:  # Transformers went on without it
             raise tracer.lost
         with torch._C.DisableTorchFunctionSubclass():  # what is asked here is not to be traced
@@ -108,6 +112,30 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
         if isinstance(exc, EngineError):
             raise
         raise refused(cls, exc) from exc
+
+
+class NothingReserved(TorchFunctionMode):
+    """Has Transformers reserve nothing on a device.
+
+    It allocates as many bytes as the model has before it loads, so that torch has them cached. Here the
+    load takes what it needs by itself, and nothing where the weights are shared.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Put on meta what is allocated just as `caching_allocator_warmup` does."""
+        del types
+        given = dict(kwargs or {})
+        if func is torch.empty and given.keys() == {"dtype", "device", "requires_grad"}:
+            is_plain = len(args) == 1 and isinstance(args[0], int)
+            if is_plain and given["dtype"] is torch.float16 and torch.device(given["device"]).type != "cpu":
+                given["device"] = "meta"
+        return func(*args, **given)
 
 
 def refused(cls: type, exc: Exception) -> EngineError:
