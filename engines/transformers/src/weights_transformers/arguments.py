@@ -9,12 +9,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from weights_core.errors import EngineError
-
-if TYPE_CHECKING:
-    from weights_transformers.trace import Trace
 
 log = logging.getLogger("weights.transformers")
 
@@ -243,32 +240,28 @@ def with_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments with tensor parallelism as Transformers wants it now.
 
     Raises:
-        EngineError: another kind of parallelism is asked for.
+        EngineError: another kind of parallelism is asked for, or what there is not.
     """
     left = dict(arguments)
     plan, size = left.pop("tp_plan", None), left.pop("tp_size", None)
-    if plan is not None or size is not None:
-        from transformers.distributed.configuration_utils import DistributedConfig
+    asked = left.pop("distributed_config", None)
+    if plan is None and size is None and asked is None:
+        return left
+    from transformers.distributed.configuration_utils import DistributedConfig
 
-        if "distributed_config" in left:
-            raise EngineError("argument 'tp_plan': give it in 'distributed_config', or leave that out")
-        left["distributed_config"] = DistributedConfig(tp_plan=plan, tp_size=size)
-    asked = left.get("distributed_config")
+    if asked is not None and (plan is not None or size is not None):
+        raise EngineError("argument 'tp_plan': give it in 'distributed_config', or leave that out")
+    try:
+        if asked is None:
+            asked = DistributedConfig(tp_plan=plan, tp_size=size)
+        elif isinstance(asked, Mapping):
+            asked = DistributedConfig.from_dict(dict(asked))
+    except (TypeError, ValueError) as exc:
+        raise EngineError(f"argument 'distributed_config': {exc}") from exc
     for name in ("pp_size", "dp_size", "fsdp_size"):
-        found = asked.get(name) if isinstance(asked, Mapping) else getattr(asked, name, None)
+        found = getattr(asked, name, None)
         if found is not None and found > 1:
             raise EngineError(
                 f"argument 'distributed_config': {name}={found}; only tensor parallelism is served"
             )
-    return left
-
-
-def device_of_ranks(traced: Trace) -> str | None:
-    """Return where this rank's weights are to live, or None if the model is not spread over ranks."""
-    kinds = {cut.mesh.device_type for cut in traced.cuts.values()}
-    if not kinds:
-        return None
-    import torch
-
-    kind = kinds.pop()
-    return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
+    return {**left, "distributed_config": asked}
