@@ -182,7 +182,7 @@ def open_engine(
         role=role,
         component=component,
     )
-    return DirectEngine(build, info, ranks)
+    return DirectEngine(build, info, ranks, opened.block)
 
 
 @attrs.frozen(eq=False)
@@ -194,6 +194,7 @@ class _Opened:
     settings: Any
     arguments: Mapping[str, Any]
     quantization: str | None
+    block: Sequence[int] | None
     metas: Mapping[str, w.TensorMeta]
 
     def __str__(self) -> str:
@@ -215,7 +216,15 @@ def _opened(
     settings, left = given.configuration(cls, found.root, model_config, arguments)
     trusted = bool(arguments.get("trust_remote_code"))
     cls, settings = given.model_class(cls, settings, found.root, trusted=trusted)
-    return _Opened(found.root, cls, settings, left, given.quantization_of(settings, left), headers(found))
+    return _Opened(
+        root=found.root,
+        cls=cls,
+        settings=settings,
+        arguments=left,
+        quantization=given.quantization_of(settings, left),
+        block=given.block_size(settings, left),
+        metas=headers(found),
+    )
 
 
 def headers(found: CheckpointFiles) -> dict[str, w.TensorMeta]:

@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -198,16 +198,26 @@ def model_class(cls: Any, config: Any, folder: Path, *, trusted: bool) -> tuple[
 
 def quantization_of(config: Any, arguments: Mapping[str, Any]) -> str | None:
     """Return the name of the quantisation, or None."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for found in (
-        arguments.get("quantization_config"),
-        getattr(config, "quantization_config", None),
-        getattr(text, "quantization_config", None),
-    ):
+    for found in (arguments.get("quantization_config"), *_quantizations(config)):
         if found is not None:
             method = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
             return str(getattr(method, "value", method))
     return None
+
+
+def block_size(config: Any, arguments: Mapping[str, Any]) -> Sequence[int] | None:
+    """Return the size of the blocks that have a scale each: the checkpoint's, else as asked for, or None."""
+    for given in (*_quantizations(config), arguments.get("quantization_config")):
+        name = "weight_block_size"
+        found = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+        if isinstance(found, list | tuple) and all(isinstance(one, int) and one > 0 for one in found):
+            return found
+    return None
+
+
+def _quantizations(config: Any) -> tuple[Any, Any]:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "quantization_config", None), getattr(text, "quantization_config", None)
 
 
 def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto: bool) -> None:

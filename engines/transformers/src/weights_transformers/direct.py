@@ -16,6 +16,7 @@ from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, Weight
 from weights_core.errors import WeightsError
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import normalise
+from weights_transformers.blocks import Blocks
 from weights_transformers.collectives import Collectives
 from weights_transformers.ranks import Ranks
 from weights_transformers.trace import INITIALISED
@@ -31,12 +32,22 @@ class DirectEngine(Engine):
     nothing is shared.
     """
 
-    def __init__(self, build: Build, info: EngineInfo, ranks: Ranks | None = None) -> None:
-        """Describe a model that `build` makes of a state dict, spread over `ranks` if there are any."""
+    def __init__(
+        self,
+        build: Build,
+        info: EngineInfo,
+        ranks: Ranks | None = None,
+        block: Sequence[int] | None = None,
+    ) -> None:
+        """Describe a model that `build` makes of a state dict, spread over `ranks` if there are any.
+
+        `block` is the size of the blocks that have a scale each, if there are such.
+        """
         self.model: Any = None
         self._build = build
         self._info = info if ranks is None else attrs.evolve(info, topology=ranks.topology)
         self._ranks = ranks
+        self._block = block if ranks is not None else None
         self._found: dict[str, TensorMeta] = {}
 
     @property
@@ -61,7 +72,7 @@ class DirectEngine(Engine):
             EngineError: Transformers refuses.
             RanksDisagreeError: another rank has failed.
         """
-        reader = _Reader(weights)
+        reader = _Reader(weights, Blocks(self._block, weights.metas))
         model, info = self._built(reader, weights.metas)
         weights.release(reader.cut)
         self.model = model
@@ -97,10 +108,12 @@ class DirectEngine(Engine):
         try:
             with calls or contextlib.nullcontext():
                 built = self._build(values)
-            if calls is not None and calls.error is not None:
-                raise calls.error
+            found = (calls.error if calls is not None else None) or reader.blocks.fault()
+            if found is not None:  # Transformers has not noticed
+                raise found
         except Exception as exc:
-            error = reader.error or (calls.error if calls is not None else None) or exc
+            told = calls.error if calls is not None else None
+            error = reader.error or told or exc
             if calls is not None:
                 calls.end(error)
             if error is exc:
@@ -114,11 +127,12 @@ class DirectEngine(Engine):
 class _Reader:
     """Reads values into memory of their own, one at a time whichever thread asks."""
 
-    def __init__(self, weights: WeightSet) -> None:
+    def __init__(self, weights: WeightSet, blocks: Blocks) -> None:
         self.asked: set[str] = set()
         self.cut: set[str] = set()
         self.kept = 0
         self.error: WeightsError | None = None
+        self.blocks = blocks
         self._weights = weights
         self._lock = threading.Lock()
 
@@ -130,6 +144,7 @@ class _Reader:
         out = empty(shape, dtypes.to_torch(meta.dtype), offset=meta.offset if is_whole else None)
         with self._lock:
             try:
+                self.blocks.note(meta.name, ranges)
                 self._weights.read_into(meta.name, out, None if is_whole else slices)
             except WeightsError as exc:
                 self.error = self.error or exc
