@@ -14,11 +14,12 @@ import attrs
 
 import weights_core as w
 from weights_core import PluginHost
-from weights_core.checkpoint import CheckpointFiles, find
+from weights_core.checkpoint import CheckpointFiles
 from weights_core.config import Settings
 from weights_core.errors import EngineError
 from weights_core.shards import open_shards
 from weights_transformers import arguments as given
+from weights_transformers.cut import find_whole
 from weights_transformers.direct import DirectEngine
 from weights_transformers.engine import TransformersEngine
 from weights_transformers.ranks import opened_together, ranks_of
@@ -98,7 +99,9 @@ def load(
     Arguments and errors are those of `from_pretrained`.
     """
     check_settings(config)
-    engine = open_engine(cls, path, model_config=model_config, map_files=map_files, timeout=timeout, **kwargs)
+    engine = open_engine(
+        cls, path, model_config=model_config, map_files=map_files, timeout=timeout, host=host, **kwargs
+    )
     report = w.load(engine, path, format, config, host=host, timeout=timeout)
     return Loaded(engine.model, report)
 
@@ -112,6 +115,7 @@ def open_engine(
     component: str | None = None,
     map_files: bool = True,
     timeout: float = 600.0,
+    host: PluginHost | None = None,
     **kwargs: Any,
 ) -> TransformersEngine | DirectEngine:
     """Return the engine that loads `cls` from `path`, for `weights_core.load` or a session.
@@ -124,6 +128,7 @@ def open_engine(
         component: a component of a pipeline.
         map_files: as `from_pretrained`.
         timeout: seconds that a rank waits for the others to open it too.
+        host: as `from_pretrained`; asked of nothing but what a folder is that holds no checkpoint.
         kwargs: as `from_pretrained`.
 
     Raises:
@@ -137,9 +142,13 @@ def open_engine(
     kwargs = given.with_ranks(kwargs)
     device = given.one_device(kwargs) or "cpu"
     ranks = ranks_of(kwargs, timeout)
-    opened = opened_together(
-        ranks, functools.partial(_opened, cls, Path(path), component, model_config, kwargs), _Opened.__str__
-    )
+    size = 1 if ranks is None else ranks.topology.world.size
+
+    def opening() -> _Opened:
+        found = find_whole(Path(path), component, host, size)
+        return _opened(cls, found, model_config, kwargs)
+
+    opened = opened_together(ranks, opening, str)
     finish = functools.partial(
         given.finish, folder=opened.root, arguments=kwargs, from_auto=given.is_auto(cls)
     )
@@ -209,10 +218,7 @@ class _Opened:
         return f"{kind}, of {len(held)} tensors ({digest})"
 
 
-def _opened(
-    cls: Any, path: Path, component: str | None, model_config: Any, arguments: Mapping[str, Any]
-) -> _Opened:
-    found = find(path, component)
+def _opened(cls: Any, found: CheckpointFiles, model_config: Any, arguments: Mapping[str, Any]) -> _Opened:
     settings, left = given.configuration(cls, found.root, model_config, arguments)
     trusted = bool(arguments.get("trust_remote_code"))
     cls, settings = given.model_class(cls, settings, found.root, trusted=trusted)
