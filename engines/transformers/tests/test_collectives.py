@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks make of one another before a collective call, in a group of one that is told of another."""
+"""What ranks make of one another before a collective call, in a group whose calls do nothing."""
 
 from unittest.mock import create_autospec
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from weights_core.errors import CheckpointError, LoadFailed, RanksDisagreeError
 from weights_transformers.collectives import Collectives
@@ -16,8 +17,8 @@ from weights_transformers.ranks import Ranks
 
 @pytest.fixture
 def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # its calls do nothing
+    yield init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     dist.destroy_process_group()
 
 
@@ -40,12 +41,13 @@ def test_each_collective_call_is_agreed_on_and_nothing_else(mesh, ranks):
         tensor += 1
         dist.all_reduce(tensor)
         dist.broadcast(tensor, 0)
-        distribute_tensor(tensor, mesh, [Replicate()])
+        spread = DTensor.from_local(tensor, mesh, [Partial()]).redistribute(placements=[Replicate()])
+        spread.to_local()
     calls.end(None)
-    kinds = asked(ranks)
-    assert kinds[:2] == [("at", "c10d.allreduce_.default"), ("at", "c10d.broadcast_.default")]
-    assert {kind for kind, _ in kinds[2:-1]} <= {"at"}
-    assert kinds[-1] == ("done", "")
+    first, second, *inside, last = asked(ranks)
+    assert (first, second) == (("at", "c10d.allreduce_.default"), ("at", "c10d.broadcast_.default"))
+    assert ("at", "_c10d_functional.all_reduce.default") in inside
+    assert last == ("done", "")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,12 @@ def test_a_rank_that_is_not_there(mesh, ranks, other, error, why):
     calls.end(calls.error)  # they all know
     assert len(asked(ranks)) == 1
     assert torch.equal(tensor, torch.ones(2))
+
+
+def test_the_rank_that_failed_is_named_before_those_that_are_done(mesh, ranks):
+    ranks.ask.side_effect = lambda value, where: [value, ("done", ""), ("failed", "no memory")]
+    with Collectives(ranks), pytest.raises(RanksDisagreeError, match=r"rank 2 failed.*no memory"):
+        dist.all_reduce(torch.ones(2))
 
 
 @pytest.mark.parametrize(

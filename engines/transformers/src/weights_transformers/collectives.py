@@ -86,9 +86,13 @@ class Collectives(TorchDispatchMode):
 
 
 def _reason(mine: tuple[str, str], everyone: Sequence[object]) -> WeightsError:
-    """Return what the rank that did otherwise makes of this one: its own kind of failure, if it failed."""
-    rank, theirs = next((rank, theirs) for rank, theirs in enumerate(everyone) if theirs != mine)
-    kind, text = theirs if isinstance(theirs, tuple) and len(theirs) == 2 else ("", repr(theirs))
+    """Return what a rank that did otherwise makes of this one: if it failed, its own kind of failure."""
+    others = [
+        (rank, *(theirs if isinstance(theirs, tuple) and len(theirs) == 2 else ("", repr(theirs))))
+        for rank, theirs in enumerate(everyone)
+        if theirs != mine
+    ]
+    rank, kind, text = min(others, key=lambda one: one[1] not in (_FAILED, _PASSED))
     if kind == _PASSED:
         return LoadFailed(f"rank {rank} failed: {text}", mutated=False)
     if kind == _FAILED:
