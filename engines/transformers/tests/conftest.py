@@ -2,6 +2,7 @@
 """Small models as Transformers saves them, and brokers of their own."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -47,6 +49,40 @@ CAUSAL = {
 BERT = BertConfig(
     vocab_size=199, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
 )
+
+
+def in_8_bit(tensors, block):
+    """Return a checkpoint in 8-bit floats, with a scale for each block of the projections."""
+    made = dict(tensors)
+    for name, value in tensors.items():
+        if "_proj" in name:
+            rows, columns = value.shape
+            blocks = value.float().reshape(rows // block, block, columns // block, block)
+            scale = blocks.abs().amax((1, 3)) / 448
+            scaled = (blocks / scale[:, None, :, None]).reshape(rows, columns)
+            made[name] = scaled.to(torch.float8_e4m3fn)
+            made[f"{name}_scale_inv"] = scale
+    return made
+
+
+@pytest.fixture
+def in_fp8(saved, tmp_path):
+    """A function that returns the folder of a model in 8-bit floats, with a head of its own if it is tied."""
+
+    def folder(name, block, copy=""):
+        to = tmp_path / f"fp8-{name}-{block}{copy}"
+        to.mkdir()
+        tensors = {}
+        for file in saved(name).glob("*.safetensors"):
+            tensors |= load_file(file)
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
+        save_file(in_8_bit(tensors, block), to / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((saved(name) / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
+        (to / "config.json").write_text(json.dumps(config))
+        return to
+
+    return folder
 
 
 @pytest.fixture(scope="session")

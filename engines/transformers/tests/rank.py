@@ -22,6 +22,8 @@ def main():
 
     torch.set_num_threads(1)
     given = json.loads(how)
+    given |= given.get("only", {}).get(rank, {})
+    folder = given.get("folder", folder)
     told = {}
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 199, (2, 17), generator=generator)
@@ -36,9 +38,21 @@ def main():
             import weights_core as w
             from weights_transformers import open_engine
 
-            engine = open_engine(AutoModelForCausalLM, folder, tp_plan="auto")
+            timeout = given.get("timeout", 60.0)
+            engine = open_engine(AutoModelForCausalLM, folder, tp_plan="auto", timeout=timeout)
+            if given.get("stays_away"):
+                sys.stdin.read()
             source = given.get("source", folder)
-            report = w.load(engine, source, given["by"], given.get("config"), timeout=60.0)
+            with w.open_session(engine, source, given["by"], given.get("config"), timeout=timeout) as session:
+                session.resolve()
+                session.load()
+                if "cut_short" in given:  # once its header was read
+                    os.truncate(given["cut_short"], os.stat(given["cut_short"]).st_size - 1)
+                session.apply()
+                session.publish(w.Layout.SHARDED)
+                session.post_load()
+                session.publish(w.Layout.FINAL)
+                report = session.finish()
             model = engine.model
             told = {"provider": report.provider, "bytes": report.nbytes, "published": len(report.receipts)}
             told |= {"engine": type(engine).__name__, "axes": str(engine.info.topology.axes)}
@@ -59,7 +73,7 @@ def main():
     sys.stdout.flush()
     if given.get("wait"):
         sys.stdin.read()
-    if dist.is_initialized():
+    if dist.is_initialized() and "error" not in told:
         dist.destroy_process_group()
 
 

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that Transformers converts by itself as it loads: the set is read value by value."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import weights_core as w
@@ -17,24 +14,8 @@ HOW = {"dequantize": True, "weight_block_size": (BLOCK, BLOCK), "modules_to_not_
 
 
 @pytest.fixture
-def fp8(saved, tmp_path):
-    """A checkpoint in 8-bit floats with a scale per block."""
-    tensors = {}
-    for file in saved("llama").glob("*.safetensors"):
-        for name, value in load_file(file).items():
-            tensors[name] = value
-            if "_proj" in name:
-                rows, columns = value.shape
-                blocks = value.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-                scale = blocks.abs().amax((1, 3)) / 448
-                scaled = (blocks / scale[:, None, :, None]).reshape(rows, columns)
-                tensors[name] = scaled.to(torch.float8_e4m3fn)
-                tensors[f"{name}_scale_inv"] = scale
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((saved("llama") / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
+def fp8(in_fp8):
+    return in_fp8("llama", BLOCK)
 
 
 @pytest.mark.parametrize("format", ["disk", "parallel_shards"])

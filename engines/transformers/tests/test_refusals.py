@@ -18,7 +18,9 @@ from transformers import (
     ViTConfig,
 )
 
+from weights_core import PluginHost
 from weights_core.errors import CheckpointError, EngineError, PluginConfigError
+from weights_presharded import shard
 from weights_transformers import arguments, from_pretrained
 
 
@@ -34,6 +36,8 @@ from weights_transformers import arguments, from_pretrained
         ({"adapter_name": "a"}, "adapters are not served"),
         ({"output_loading_info": True}, r"the report of load\(\)"),
         ({"distributed_config": {"fsdp_size": 2}}, "only tensor parallelism"),
+        ({"distributed_config": {"dp_replicate_size": 2}}, "only tensor parallelism"),
+        ({"distributed_config": {"tp_size": 0}}, "'distributed_config': Parallelism sizes must be >= 1"),
         ({"tp_plan": "auto", "distributed_config": {}}, "leave that out"),
         ({"model_config": "llama"}, "a configuration of Transformers"),
         ({"no_such_argument": 1}, "no_such_argument"),
@@ -111,6 +115,23 @@ def test_no_checkpoint_and_no_configuration(tmp_path):
         from_pretrained(AutoModel, tmp_path)
     with pytest.raises(CheckpointError, match="hub"):
         from_pretrained(AutoModel, "org/name")
+
+
+def test_a_folder_that_was_cut_for_ranks(saved, tmp_path):
+    shard(saved("llama-even"), tmp_path / "cut", size=2)
+    for format in ("auto", "presharded", "disk"):
+        with pytest.raises(CheckpointError) as told:
+            from_pretrained(AutoModelForCausalLM, tmp_path / "cut", format=format)
+        why = str(told.value)
+        assert why.startswith(f"{tmp_path / 'cut'}: was cut for 2 ranks")
+        assert "on 2 ranks and not one rank" in why
+        assert "open_engine(…, 'ORIGINAL', tp_plan='auto')" in why
+        assert f"weights_core.load(engine, '{tmp_path}/cut', 'presharded')" in why
+    (tmp_path / "cut" / "READY.json").unlink()
+    with pytest.raises(CheckpointError, match="was cut for ranks, and does not say"):
+        from_pretrained(AutoModelForCausalLM, tmp_path / "cut")
+    with pytest.raises(CheckpointError, match="holds no weights"):  # nobody here can say
+        from_pretrained(AutoModelForCausalLM, tmp_path / "cut", host=PluginHost([]))
 
 
 def test_a_folder_with_an_adapter(saved, tmp_path, monkeypatch):

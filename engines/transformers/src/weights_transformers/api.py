@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,15 @@ import attrs
 
 import weights_core as w
 from weights_core import PluginHost
-from weights_core.checkpoint import CheckpointFiles, find
+from weights_core.checkpoint import CheckpointFiles
 from weights_core.config import Settings
 from weights_core.errors import EngineError
 from weights_core.shards import open_shards
 from weights_transformers import arguments as given
+from weights_transformers.cut import find_whole
 from weights_transformers.direct import DirectEngine
 from weights_transformers.engine import TransformersEngine
+from weights_transformers.ranks import opened_together, ranks_of
 from weights_transformers.trace import UntraceableError, refused, trace
 
 log = logging.getLogger("weights.transformers")
@@ -96,7 +99,9 @@ def load(
     Arguments and errors are those of `from_pretrained`.
     """
     check_settings(config)
-    engine = open_engine(cls, path, model_config=model_config, map_files=map_files, **kwargs)
+    engine = open_engine(
+        cls, path, model_config=model_config, map_files=map_files, timeout=timeout, host=host, **kwargs
+    )
     report = w.load(engine, path, format, config, host=host, timeout=timeout)
     return Loaded(engine.model, report)
 
@@ -109,6 +114,8 @@ def open_engine(
     role: str = "main",
     component: str | None = None,
     map_files: bool = True,
+    timeout: float = 600.0,
+    host: PluginHost | None = None,
     **kwargs: Any,
 ) -> TransformersEngine | DirectEngine:
     """Return the engine that loads `cls` from `path`, for `weights_core.load` or a session.
@@ -120,33 +127,41 @@ def open_engine(
         role: `main`, or `draft` for a draft model.
         component: a component of a pipeline.
         map_files: as `from_pretrained`.
+        timeout: seconds that a rank waits for the others to open it too.
+        host: as `from_pretrained`; asked of nothing but what a folder is that holds no checkpoint.
         kwargs: as `from_pretrained`.
 
     Raises:
         EngineError: the class, an argument or the configuration cannot be served; nothing is loaded.
         CheckpointError: there is no valid checkpoint at `path`.
+        RanksDisagreeError: another rank cannot open it, or sees another.
     """
     version = given.check_version("transformers")
     given.check_class(cls)
     given.check_arguments(kwargs)
+    kwargs = given.with_ranks(kwargs)
     device = given.one_device(kwargs) or "cpu"
-    found = find(Path(path), component)
-    trusted = bool(kwargs.get("trust_remote_code"))
-    settings, left = given.configuration(cls, found.root, model_config, kwargs)
+    ranks = ranks_of(kwargs, timeout)
+    size = 1 if ranks is None else ranks.topology.world.size
+
+    def opening() -> _Opened:
+        found = find_whole(Path(path), component, host, size)
+        return _opened(cls, found, model_config, kwargs)
+
+    opened = opened_together(ranks, opening, str)
     finish = functools.partial(
-        given.finish, folder=found.root, arguments=kwargs, from_auto=given.is_auto(cls)
+        given.finish, folder=opened.root, arguments=kwargs, from_auto=given.is_auto(cls)
     )
-    cls, settings = given.model_class(cls, settings, found.root, trusted=trusted)
-    left = given.with_ranks(left)
-    quantization = given.quantization_of(settings, left)
-    if quantization is None:
+    cls, settings, left = opened.cls, opened.settings, opened.arguments
+    if ranks is not None:
+        device = ranks.device
+    if opened.quantization is None:
         try:
-            traced = trace(cls, settings, headers(found), left)
+            traced = trace(cls, settings, opened.metas, left)
         except UntraceableError as exc:
             log.warning("%s cannot share its weights: %s", cls.__name__, exc.brief)
         else:
             finish(traced.model)
-            device = given.device_of_ranks(traced) or device
             return TransformersEngine(
                 traced,
                 version=version,
@@ -154,6 +169,7 @@ def open_engine(
                 role=role,
                 component=component,
                 map_files=map_files,
+                ranks=ranks,
             )
 
     def build(values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
@@ -170,12 +186,51 @@ def open_engine(
         name="transformers",
         version=version,
         model=getattr(cls, "__name__", ""),
-        quantization=quantization,
+        quantization=opened.quantization,
         device=device,
         role=role,
         component=component,
     )
-    return DirectEngine(build, info)
+    return DirectEngine(build, info, ranks, opened.block)
+
+
+@attrs.frozen(eq=False)
+class _Opened:
+    """A checkpoint and the class it is for; `arguments` are left for `from_pretrained`."""
+
+    root: Path
+    cls: Any
+    settings: Any
+    arguments: Mapping[str, Any]
+    quantization: str | None
+    block: Sequence[int] | None
+    metas: Mapping[str, w.TensorMeta]
+
+    def __str__(self) -> str:
+        """Say what all ranks must see alike."""
+        held = sorted((name, meta.dtype, tuple(meta.shape)) for name, meta in self.metas.items())
+        digest = hashlib.sha256(repr(held).encode()).hexdigest()[:12]
+        kind = (
+            f"{self.cls.__name__}, quantised by {self.quantization}"
+            if self.quantization
+            else self.cls.__name__
+        )
+        return f"{kind}, of {len(held)} tensors ({digest})"
+
+
+def _opened(cls: Any, found: CheckpointFiles, model_config: Any, arguments: Mapping[str, Any]) -> _Opened:
+    settings, left = given.configuration(cls, found.root, model_config, arguments)
+    trusted = bool(arguments.get("trust_remote_code"))
+    cls, settings = given.model_class(cls, settings, found.root, trusted=trusted)
+    return _Opened(
+        root=found.root,
+        cls=cls,
+        settings=settings,
+        arguments=left,
+        quantization=given.quantization_of(settings, left),
+        block=given.block_size(settings, left),
+        metas=headers(found),
+    )
 
 
 def headers(found: CheckpointFiles) -> dict[str, w.TensorMeta]:

@@ -7,14 +7,11 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from weights_core.errors import EngineError
-
-if TYPE_CHECKING:
-    from weights_transformers.trace import Trace
 
 log = logging.getLogger("weights.transformers")
 
@@ -201,16 +198,26 @@ def model_class(cls: Any, config: Any, folder: Path, *, trusted: bool) -> tuple[
 
 def quantization_of(config: Any, arguments: Mapping[str, Any]) -> str | None:
     """Return the name of the quantisation, or None."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for found in (
-        arguments.get("quantization_config"),
-        getattr(config, "quantization_config", None),
-        getattr(text, "quantization_config", None),
-    ):
+    for found in (arguments.get("quantization_config"), *_quantizations(config)):
         if found is not None:
             method = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
             return str(getattr(method, "value", method))
     return None
+
+
+def block_size(config: Any, arguments: Mapping[str, Any]) -> Sequence[int] | None:
+    """Return the size of the blocks that have a scale each: the checkpoint's, else as asked for, or None."""
+    for given in (*_quantizations(config), arguments.get("quantization_config")):
+        name = "weight_block_size"
+        found = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+        if isinstance(found, list | tuple) and all(isinstance(one, int) and one > 0 for one in found):
+            return found
+    return None
+
+
+def _quantizations(config: Any) -> tuple[Any, Any]:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "quantization_config", None), getattr(text, "quantization_config", None)
 
 
 def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto: bool) -> None:
@@ -243,32 +250,28 @@ def with_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments with tensor parallelism as Transformers wants it now.
 
     Raises:
-        EngineError: another kind of parallelism is asked for.
+        EngineError: another kind of parallelism is asked for, or what there is not.
     """
     left = dict(arguments)
     plan, size = left.pop("tp_plan", None), left.pop("tp_size", None)
-    if plan is not None or size is not None:
-        from transformers.distributed.configuration_utils import DistributedConfig
+    asked = left.pop("distributed_config", None)
+    if plan is None and size is None and asked is None:
+        return left
+    from transformers.distributed.configuration_utils import DistributedConfig
 
-        if "distributed_config" in left:
-            raise EngineError("argument 'tp_plan': give it in 'distributed_config', or leave that out")
-        left["distributed_config"] = DistributedConfig(tp_plan=plan, tp_size=size)
-    asked = left.get("distributed_config")
+    if asked is not None and (plan is not None or size is not None):
+        raise EngineError("argument 'tp_plan': give it in 'distributed_config', or leave that out")
+    try:
+        if asked is None:
+            asked = DistributedConfig(tp_plan=plan, tp_size=size)
+        elif isinstance(asked, Mapping):
+            asked = DistributedConfig.from_dict(dict(asked))
+    except (TypeError, ValueError) as exc:
+        raise EngineError(f"argument 'distributed_config': {exc}") from exc
     for name in ("pp_size", "dp_size", "fsdp_size"):
-        found = asked.get(name) if isinstance(asked, Mapping) else getattr(asked, name, None)
+        found = getattr(asked, name, None)
         if found is not None and found > 1:
             raise EngineError(
                 f"argument 'distributed_config': {name}={found}; only tensor parallelism is served"
             )
-    return left
-
-
-def device_of_ranks(traced: Trace) -> str | None:
-    """Return where this rank's weights are to live, or None if the model is not spread over ranks."""
-    kinds = {cut.mesh.device_type for cut in traced.cuts.values()}
-    if not kinds:
-        return None
-    import torch
-
-    kind = kinds.pop()
-    return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
+    return {**left, "distributed_config": asked}

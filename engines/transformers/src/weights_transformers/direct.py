@@ -3,18 +3,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
+from torch.distributed.tensor import DTensor
 
 from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, dtypes
 from weights_core.errors import WeightsError
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import normalise
+from weights_transformers.blocks import Blocks
+from weights_transformers.collectives import Collectives
+from weights_transformers.ranks import Ranks
 from weights_transformers.trace import INITIALISED
 from weights_transformers.traced import Value, slices_of
+
+Build = Callable[[dict[str, Any]], tuple[Any, Mapping[str, Any]]]
 
 
 class DirectEngine(Engine):
@@ -25,12 +33,21 @@ class DirectEngine(Engine):
     """
 
     def __init__(
-        self, build: Callable[[dict[str, Any]], tuple[Any, Mapping[str, Any]]], info: EngineInfo
+        self,
+        build: Build,
+        info: EngineInfo,
+        ranks: Ranks | None = None,
+        block: Sequence[int] | None = None,
     ) -> None:
-        """Describe a model that `build` makes of a state dict."""
+        """Describe a model that `build` makes of a state dict, spread over `ranks` if there are any.
+
+        `block` is the size of the blocks that have a scale each, if there are such.
+        """
         self.model: Any = None
         self._build = build
-        self._info = info
+        self._info = info if ranks is None else attrs.evolve(info, topology=ranks.topology)
+        self._ranks = ranks
+        self._block = block if ranks is not None else None
         self._found: dict[str, TensorMeta] = {}
 
     @property
@@ -53,16 +70,10 @@ class DirectEngine(Engine):
 
         Raises:
             EngineError: Transformers refuses.
+            RanksDisagreeError: another rank has failed.
         """
-        reader = _Reader(weights)
-        try:
-            model, info = self._build(
-                {name: Value(meta, reader.take) for name, meta in weights.metas.items()}
-            )
-        except Exception as exc:
-            if reader.error is not None and reader.error is not exc:  # Transformers tells it in other words
-                raise reader.error from exc
-            raise
+        reader = _Reader(weights, Blocks(self._block, weights.metas))
+        model, info = self._built(reader, weights.metas)
         weights.release(reader.cut)
         self.model = model
         self._found = {
@@ -86,15 +97,42 @@ class DirectEngine(Engine):
         """Drop the model."""
         self.model, self._found = None, {}
 
+    def gather(self, value: object, timeout: float) -> Sequence[object]:
+        """Ask the other ranks, if there are any."""
+        return [value] if self._ranks is None else self._ranks.gather(value, timeout)
+
+    def _built(self, reader: _Reader, metas: Mapping[str, TensorMeta]) -> tuple[Any, Mapping[str, Any]]:
+        """Build, and raise what went wrong first: Transformers tells it in other words."""
+        values = {name: Value(meta, reader.take) for name, meta in metas.items()}
+        calls = None if self._ranks is None else Collectives(self._ranks)
+        try:
+            with calls or contextlib.nullcontext():
+                built = self._build(values)
+            found = (calls.error if calls is not None else None) or reader.blocks.fault()
+            if found is not None:  # Transformers has not noticed
+                raise found
+        except Exception as exc:
+            told = calls.error if calls is not None else None
+            error = reader.error or told or exc
+            if calls is not None:
+                calls.end(error)
+            if error is exc:
+                raise
+            raise error from exc
+        if calls is not None:
+            calls.end(None)
+        return built
+
 
 class _Reader:
     """Reads values into memory of their own, one at a time whichever thread asks."""
 
-    def __init__(self, weights: WeightSet) -> None:
+    def __init__(self, weights: WeightSet, blocks: Blocks) -> None:
         self.asked: set[str] = set()
         self.cut: set[str] = set()
         self.kept = 0
         self.error: WeightsError | None = None
+        self.blocks = blocks
         self._weights = weights
         self._lock = threading.Lock()
 
@@ -106,6 +144,7 @@ class _Reader:
         out = empty(shape, dtypes.to_torch(meta.dtype), offset=meta.offset if is_whole else None)
         with self._lock:
             try:
+                self.blocks.note(meta.name, ranges)
                 self._weights.read_into(meta.name, out, None if is_whole else slices)
             except WeightsError as exc:
                 self.error = self.error or exc
@@ -121,7 +160,9 @@ class _Reader:
 
 
 def _meta(name: str, tensor: torch.Tensor) -> TensorMeta:
-    """Describe a tensor; one of a dtype or class that no checkpoint holds, by its bytes."""
+    """Describe a tensor, of one that is spread this rank's part; what no checkpoint holds, by its bytes."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     size = nbytes(tensor)
     try:
         dtype = dtypes.from_torch(tensor.dtype)

@@ -13,7 +13,7 @@ from weights_core import Applied, EngineInfo, Layout, TorchEngine, WeightSet, co
 from weights_core.errors import CoverageError
 from weights_core.tensors import slots
 from weights_transformers.mapped import ModelWeights
-from weights_transformers.ranks import Group, topology_of
+from weights_transformers.ranks import Ranks
 from weights_transformers.recipes import fingerprint
 from weights_transformers.trace import Trace
 
@@ -36,20 +36,20 @@ class TransformersEngine(TorchEngine):
         role: str = "main",
         component: str | None = None,
         map_files: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         """Take over a trace; `device` is where the weights are to live, `engine` what runs them.
 
-        `map_files` is `TorchEngine`'s.
+        `map_files` is `TorchEngine`'s; `ranks` are those that the model is spread over.
         """
-        meshes = [cut.mesh for cut in trace.cuts.values()]
         super().__init__(
             trace.model,
             device=device,
             role=role,
             component=component,
             map_files=map_files,
-            topology=topology_of(meshes[0]) if meshes else None,
-            gather=Group().gather if meshes else None,
+            topology=ranks.topology if ranks is not None else None,
+            gather=ranks.gather if ranks is not None else None,
             mutates_after_load=_trained(trace),
         )
         self._trace = trace

@@ -132,6 +132,13 @@ def ended(engine, *words):
     engine("close")
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_folder_that_was_cut_for_another_number_of_ranks(start, llama, cut, plan, size):
+    one, folder = start(), cut(llama, size, plan)
+    one.begin("load", model=str(folder), extra={}, **TP2, **ALONE)
+    ended(one, rf"{re.escape(str(folder))} was cut for .*{size}.*needs .*2")
+
+
 def test_ranks_end_together(start, llama, cut, plan, tmp_path):
     one, arguments = start(), {**TP2, **ALONE}
 
