@@ -59,6 +59,14 @@ def test_dtypes_by_component(wan):
     assert_same(pipeline_from_pretrained(DiffusionPipeline, wan, dtype=dtypes), theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
+def test_the_older_name_of_dtype(wan):
+    theirs = DiffusionPipeline.from_pretrained(wan, torch_dtype=torch.bfloat16)
+    ours = pipeline_from_pretrained(DiffusionPipeline, wan, torch_dtype=torch.bfloat16, device_map=None)
+    assert ours.vae.dtype == torch.bfloat16
+    assert_same(ours, theirs)
+
+
 def test_a_component_that_is_given_is_not_loaded(wan):
     own = WanTransformer3DModel.from_pretrained(wan / "transformer")
     ours = load_pipeline(DiffusionPipeline, wan, transformer_2=own)
@@ -122,6 +130,8 @@ def test_what_is_missing_is_an_error(wan, tmp_path):
 def test_refusals(wan, saved, tmp_path):
     with pytest.raises(EngineError, match="'device_map' is not served"):
         load_pipeline(DiffusionPipeline, wan, device_map="balanced")
+    with pytest.raises(EngineError, match=r"dtype is to be a torch\.dtype, .* not 'bfloat16'"):
+        load_pipeline(DiffusionPipeline, wan, dtype="bfloat16")
     with pytest.raises(EngineError, match="AutoModel is no pipeline class"):
         load_pipeline(AutoModel, wan)
     with pytest.raises(CheckpointError, match="is no pipeline"):
