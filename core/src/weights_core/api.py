@@ -95,9 +95,8 @@ def _prepared(
         raise EngineError(
             f"a {type(engine).__name__} is no engine: wrap a torch module in TorchEngine, or subclass Engine"
         )
-    if not isinstance(format, str) and not (
-        isinstance(format, Sequence) and all(isinstance(name, str) for name in format)
-    ):
+    names: object = [format] if isinstance(format, str) else format
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise FormatUnresolvedError(f"format is 'auto', a plugin's name, or several; got {format!r}")
     if host is not None and config is not None:
         raise PluginConfigError("config is the host's: give it to PluginHost, or leave out host")

@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     ViTConfig,
 )
 
@@ -42,6 +43,7 @@ from weights_transformers import arguments, from_pretrained
         ({"tp_plan": "auto", "distributed_config": {}}, "leave that out"),
         ({"model_config": "llama"}, "a configuration of Transformers"),
         ({"no_such_argument": 1}, "no_such_argument"),
+        ({"quantization_config": "fp8"}, "'str' object has no attribute 'quant_method'"),
         ({"config": LlamaConfig()}, "give a model's configuration as model_config="),
     ],
 )
@@ -87,6 +89,7 @@ def test_who_asks_for_safetensors_gets_no_others(saved, tmp_path):
         (AutoTokenizer, "AutoTokenizer is no PyTorch model class of Transformers"),
         (torch.nn.Linear, "weights_core.TorchEngine"),
         (LlamaConfig, "LlamaConfig is no"),
+        (PreTrainedModel, "PreTrainedModel is the class of no model"),
         ("llama", "'llama' is no"),
     ],
 )
@@ -170,6 +173,14 @@ def test_the_tested_version_is_silent(saved, caplog):
     with caplog.at_level(logging.WARNING, logger="weights"):
         from_pretrained(AutoModelForCausalLM, saved("llama"))
     assert not [record for record in caplog.records if record.name.startswith("weights")]
+
+
+@pytest.mark.parametrize("version", ["5.22.9", "5.24.0rc1", "5.23.2", "5.23+cpu"])
+def test_versions(version, monkeypatch, caplog):
+    monkeypatch.setattr(arguments.importlib.metadata, "version", lambda package: version)
+    with caplog.at_level(logging.WARNING, logger="weights"):
+        assert arguments.check_version("transformers") == version
+    assert bool(caplog.records) is not version.startswith("5.23")
 
 
 def test_importing_the_package_imports_no_torch():

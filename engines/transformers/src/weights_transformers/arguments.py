@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -88,7 +89,7 @@ def check_version(package: str) -> str:
     """Return the installed version; warn if this adapter was not tested with it."""
     version: str = importlib.import_module(package).__version__  # its metadata takes longer to read
     first, end = TESTED[package]
-    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    parts = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if not first <= parts < end:
         names = [".".join(map(str, one)) for one in (first, end)]
         log.warning(
@@ -116,6 +117,10 @@ def check_class(cls: object) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(cls, type) and (issubclass(cls, PreTrainedModel) or is_auto(cls)):
+        if not is_auto(cls) and getattr(cls, "config_class", None) is None:
+            raise EngineError(
+                f"{cls.__name__} is the class of no model: give one of its own, or an Auto class"
+            )
         return
     name = cls.__name__ if isinstance(cls, type) else repr(cls)
     base = cls.__module__.partition(".")[0] if isinstance(cls, type) else ""
@@ -236,7 +241,11 @@ def quantization_of(config: Any, arguments: Mapping[str, Any]) -> str | None:
         getattr(text, "quantization_config", None),
     ):
         if found is not None:
-            method = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
+            method = (
+                found.get("quant_method")
+                if isinstance(found, Mapping)
+                else getattr(found, "quant_method", None)
+            )
             return str(getattr(method, "value", method))
     return None
 
@@ -245,6 +254,7 @@ def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto:
     """Give a model what `from_pretrained` finds in the folder beside the weights, and its name."""
     model.name_or_path = model.config.name_or_path = str(folder)
     for module in model.modules():  # the parts and their configurations are built with the name "None"
+        one: Any
         for one in (module, getattr(module, "config", None)):
             if getattr(one, "name_or_path", "") == "None":
                 one.name_or_path = str(folder)
