@@ -16,6 +16,7 @@ WEIGHTS = ["text_encoder", "transformer", "transformer_2", "vae"]
 
 def assert_same(ours, theirs):
     assert set(ours.components) == set(theirs.components)
+    assert ours.name_or_path == theirs.name_or_path
     for name in WEIGHTS:
         mine, other = getattr(ours, name), getattr(theirs, name)
         assert type(mine) is type(other)
@@ -61,8 +62,8 @@ def test_dtypes_by_component(wan):
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
 def test_the_older_name_of_dtype(wan):
-    theirs = DiffusionPipeline.from_pretrained(wan, torch_dtype=torch.bfloat16)
-    ours = pipeline_from_pretrained(DiffusionPipeline, wan, torch_dtype=torch.bfloat16, device_map=None)
+    theirs = DiffusionPipeline.from_pretrained(str(wan), torch_dtype=torch.bfloat16)
+    ours = pipeline_from_pretrained(DiffusionPipeline, str(wan), torch_dtype=torch.bfloat16, device_map=None)
     assert ours.vae.dtype == torch.bfloat16
     assert_same(ours, theirs)
 

@@ -98,7 +98,7 @@ def load_pipeline(
                 engines[name] = engine
     reports = w.load_pipeline(engines, folder, format, config, host=host, timeout=timeout)
     try:
-        pipeline = _assembled(cls, folder, engines, device, dtype, kwargs)
+        pipeline = _assembled(cls, path, engines, device, dtype, kwargs)
     except EngineError:
         for report in reports.values():
             report.lease.close()
@@ -108,7 +108,7 @@ def load_pipeline(
 
 def _assembled(
     cls: Any,
-    folder: Path,
+    path: Path | str,
     engines: Mapping[str, w.Engine],
     device: str,
     dtype: Any,
@@ -121,7 +121,7 @@ def _assembled(
             models[name].to(device)  # buffers that no checkpoint holds
     asked = dict(dtype) if isinstance(dtype, Mapping) else dtype
     try:
-        pipeline = cls.from_pretrained(folder, dtype=asked, **models, **kwargs)
+        pipeline = cls.from_pretrained(path, dtype=asked, **models, **kwargs)
     except Exception as exc:  # diffusers may raise anything
         raise EngineError(
             f"diffusers refuses to assemble {cls.__name__}: {type(exc).__name__}: {exc}"
