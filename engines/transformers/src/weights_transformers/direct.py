@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, dtypes
-from weights_core.errors import WeightsError
+from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage, dtypes
+from weights_core.errors import EngineError, WeightsError
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import normalise
 from weights_transformers.trace import INITIALISED
@@ -52,7 +53,7 @@ class DirectEngine(Engine):
         """Build the model; what was read whole is released at once, the rest when the model stands.
 
         Raises:
-            EngineError: Transformers refuses.
+            EngineError: Transformers refuses, or leaves a tensor without memory.
         """
         reader = _Reader(weights)
         try:
@@ -63,6 +64,10 @@ class DirectEngine(Engine):
             if reader.error is not None and reader.error is not exc:  # Transformers tells it in other words
                 raise reader.error from exc
             raise
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+        bare = [name for name, tensor in tensors if tensor.is_meta]
+        if bare:
+            raise EngineError(f"Transformers left {coverage.listed(bare)} without memory")
         weights.release(reader.cut)
         self.model = model
         self._found = {
