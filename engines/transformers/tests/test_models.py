@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,17 @@ def test_other_architectures(tmp_path, vault, name):
         for ours in reversed(both):
             ours.report.lease.close()
     assert both[1].report.nbytes == 0
+
+
+def test_models_that_are_loaded_in_threads(saved, logits):
+    """What `from_pretrained` patches while it builds a model is that of the whole process."""
+    paths = [saved(name) for name in MODELS * 2]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda path: from_pretrained(AutoModelForCausalLM, path), paths))
+    for path, ours in zip(paths, found, strict=True):
+        theirs = AutoModelForCausalLM.from_pretrained(path)
+        assert_same(ours, theirs)
+        assert torch.equal(logits(ours), logits(theirs))
 
 
 def test_a_concrete_class_and_arguments_of_its_own(saved, logits):

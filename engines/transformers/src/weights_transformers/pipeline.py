@@ -16,6 +16,7 @@ from weights_core.checkpoint import components, find
 from weights_core.config import Settings
 from weights_core.errors import CheckpointError, EngineError
 from weights_transformers import arguments as given
+from weights_transformers.alone import ALONE
 from weights_transformers.api import check_settings, headers, open_engine
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def _assembled(
             models[name].to(device)  # buffers that no checkpoint holds
     asked = dict(dtype) if isinstance(dtype, Mapping) else dtype
     try:
-        pipeline = cls.from_pretrained(path, dtype=asked, **models, **kwargs)
+        with ALONE:
+            pipeline = cls.from_pretrained(path, dtype=asked, **models, **kwargs)
     except Exception as exc:  # diffusers may raise anything
         raise EngineError(
             f"diffusers refuses to assemble {cls.__name__}: {type(exc).__name__}: {exc}"
