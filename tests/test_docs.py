@@ -63,6 +63,13 @@ def test_the_readmes_code_runs_and_does_what_it_says(checkpoint, llama, capsys):
     assert torch.all(model.linear.weight == 0.5)
 
 
+def test_the_embedded_engine_runs_as_printed(checkpoint):
+    (block,) = (b for b in BLOCK.findall((ROOT / "README.md").read_text()) if "class MyEngine" in b)
+    names = {}
+    exec(block.replace('"path/to/checkpoint"', repr(str(checkpoint))), names)
+    assert names["report"].applied.written == names["engine"].params.keys()
+
+
 @pytest.mark.parametrize("page", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md")))
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text()

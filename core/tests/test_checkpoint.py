@@ -144,6 +144,52 @@ def test_consolidated_beside_shards_is_passed_over_with_a_note(tmp_path):
     assert "passed over 'consolidated.safetensors'" in found.notes[0]
 
 
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("plain", "variants"),
+    [
+        (["model.safetensors"], ["model.fp16.safetensors", "model.non_ema.safetensors"]),
+        (SHARDS, ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]),
+        (SHARDS, ["model-00001-of-00001.fp16.safetensors"]),
+        (["diffusion_pytorch_model.safetensors"], ["diffusion_pytorch_model.bf16.safetensors"]),
+        (["pytorch_model.bin"], ["pytorch_model.fp16.bin"]),
+    ],
+)
+def test_a_variant_is_passed_over_with_a_note_and_taken_alone(tmp_path, plain, variants):
+    touch(tmp_path, *variants)
+    assert (names(find(tmp_path)), find(tmp_path).notes) == (variants, ())
+    touch(tmp_path, *plain)
+    assert names(find(tmp_path)) == plain
+    assert find(tmp_path).notes[0].startswith(f"passed over {variants[0]!r}")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_path_of_an_index_of_a_variant(tmp_path, kind):
+    touch(tmp_path, f"model.fp16.{kind}", f"model.{kind}")
+    index = write_index(tmp_path, {"x": f"model.fp16.{kind}"}, f"model.{kind}.index.fp16.json")
+    assert names(find(index)) == [f"model.fp16.{kind}"]
+    assert names(find(tmp_path)) == [f"model.{kind}"]
+
+
+def test_what_only_looks_like_a_variant_is_taken(tmp_path):
+    files = ["model.0.safetensors", "model.safetensors", "other.fp16.safetensors", "other.safetensors"]
+    touch(tmp_path, *files)
+    assert names(find(tmp_path)) == files
+
+
+def test_one_file_beside_an_index_of_others_is_ambiguous(tmp_path):
+    """Transformers takes the file, diffusers and vLLM the index."""
+    touch(tmp_path, "model.safetensors", "model.fp16.safetensors", *SHARDS)
+    index = write_index(tmp_path, {"x": SHARDS[0], "y": SHARDS[1]})
+    assert "'model.safetensors' and an index of other files" in refusal(tmp_path)
+    assert names(find(tmp_path / "model.safetensors")) == ["model.safetensors"]
+    assert names(find(index)) == SHARDS
+    write_index(tmp_path, {"x": "model.safetensors"})
+    assert names(find(tmp_path)) == ["model.safetensors"]
+
+
 def test_training_args_beside_a_model_are_passed_over_with_a_note(tmp_path):
     touch(tmp_path, "pytorch_model.bin", "training_args.bin", "optimizer.pt")
     found = find(tmp_path)

@@ -116,6 +116,8 @@ def test_settings_outside_of_a_table_are_refused_and_the_file_named(tmp_path):
 
 
 def test_an_argument_that_is_not_a_table_is_refused():
+    with pytest.raises(PluginConfigError, match=r"config argument: .* not \['tape'\]"):
+        config.merged(["tape"], {})
     with pytest.raises(PluginConfigError, match="config argument: 'tape' must be a table"):
         config.merged({"tape": True}, {})
 

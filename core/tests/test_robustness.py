@@ -413,9 +413,19 @@ def test_an_anchor_that_cannot_die_is_refused_before_anything_is_loaded(checkpoi
         w.open_session(Engine(model), checkpoint, host=host_of())
 
 
+@pytest.mark.parametrize("format", [None, 3, ["disk", None], {"disk": 1}])
+def test_what_is_no_format_is_named(checkpoint, model, format):
+    with pytest.raises(
+        errors.FormatUnresolvedError, match="format is 'auto', a plugin's name, or several; got"
+    ):
+        w.load(w.TorchEngine(model), checkpoint, format, host=host_of())
+
+
 def test_what_is_no_engine_is_said_to_be_none(checkpoint, model):
     with pytest.raises(errors.EngineError, match="wrap a torch module in TorchEngine"):
         w.load(model, checkpoint, host=host_of())
+    with pytest.raises(errors.EngineError, match="TorchEngine is a class: give an engine"):
+        w.load(w.TorchEngine, checkpoint, host=host_of())
     with pytest.raises(errors.EngineError, match=r"takes a torch\.nn\.Module"):
         w.TorchEngine("llama")
 

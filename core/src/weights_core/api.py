@@ -12,7 +12,13 @@ import attrs
 from weights_core.checkpoint import components
 from weights_core.config import Settings
 from weights_core.engine import Engine
-from weights_core.errors import CheckpointError, CleanupError, EngineError, PluginConfigError
+from weights_core.errors import (
+    CheckpointError,
+    CleanupError,
+    EngineError,
+    FormatUnresolvedError,
+    PluginConfigError,
+)
 from weights_core.host import PluginHost
 from weights_core.planning import make_plan
 from weights_core.progress import Show
@@ -83,10 +89,15 @@ def _prepared(
     config: Settings | None,
     host: PluginHost | None,
 ) -> tuple[PluginHost, LoadRequest]:
+    if isinstance(engine, type):
+        raise EngineError(f"{engine.__name__} is a class: give an engine, one object for each load")
     if not isinstance(getattr(engine, "info", None), EngineInfo):
         raise EngineError(
             f"a {type(engine).__name__} is no engine: wrap a torch module in TorchEngine, or subclass Engine"
         )
+    names: object = [format] if isinstance(format, str) else format
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise FormatUnresolvedError(f"format is 'auto', a plugin's name, or several; got {format!r}")
     if host is not None and config is not None:
         raise PluginConfigError("config is the host's: give it to PluginHost, or leave out host")
     request = LoadRequest(checkpoint=engine.checkpoint or checkpoint, engine=engine.info, format=format)

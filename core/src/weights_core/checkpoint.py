@@ -22,7 +22,14 @@ PIPELINE_INDEX = "model_index.json"
 
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {"safetensors": (".safetensors",), "torch": (".bin", ".pt", ".pth")}
 _INDEXES: dict[Kind, str] = {"safetensors": ".safetensors.index.json", "torch": ".bin.index.json"}
+_INDEX_OF_VARIANT: dict[Kind, re.Pattern[str]] = {
+    "safetensors": re.compile(r".+\.safetensors\.index\.\w+\.json"),
+    "torch": re.compile(r".+\.bin\.index\.\w+\.json"),
+}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_VARIANT = re.compile(  # a stem, a variant, a shard's number before or behind the variant
+    rf"(?P<stem>{'|'.join(_STEMS)})(-\d+-of-\d+)?(\.(?P<variant>[A-Za-z]\w*))?(-\d+-of-\d+)?"
+)
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)$")
 _HUB_ID = re.compile(r"(https?:/+[\w.-]+/|hf:/+)?(?P<id>[\w-][\w.-]*/[\w.-]+)(/tree/[^/]+)?/?")
 
@@ -47,7 +54,8 @@ def find(path: Path, component: str | None = None, is_pipeline: bool | None = No
     """Find the files of the checkpoint at `path`: a folder, a weights file, or an index.
 
     An index decides; else all numbered or plain `.safetensors` files; `.bin`, `.pt` and `.pth`
-    only where there is no safetensors file. `component` selects a folder of a pipeline.
+    only where there is no safetensors file. A variant, as `model.fp16.safetensors`, is taken only where
+    the plain files are missing. `component` selects a folder of a pipeline.
 
     Raises:
         CheckpointError: there is no checkpoint, it is incomplete or ambiguous; says what to do.
@@ -184,7 +192,7 @@ def _component_root(path: Path, component: str | None, is_pipeline: bool | None)
 
 def _from_file(path: Path) -> CheckpointFiles:
     for kind, suffixes in _SUFFIXES.items():
-        if path.name.endswith(_INDEXES[kind]):
+        if path.name.endswith(_INDEXES[kind]) or _INDEX_OF_VARIANT[kind].fullmatch(path.name):
             return _from_index(path, kind, ())
         if path.suffix in suffixes:
             return CheckpointFiles(root=path.parent, kind=kind, files=(path,))
@@ -195,7 +203,9 @@ def _in_folder(root: Path, names: list[str], kind: Kind) -> CheckpointFiles | No
     weights = [name for name in names if name.endswith(_SUFFIXES[kind])]
     indexes = [name for name in names if name.endswith(_INDEXES[kind])]
     if indexes:
-        return _from_index(root / _choose_index(root, indexes, kind), kind, weights)
+        found = _from_index(root / _choose_index(root, indexes, kind), kind, weights)
+        _check_single(found, weights)
+        return found
     if not weights:
         return None
     chosen = _drop_twins(weights, kind)
@@ -223,11 +233,27 @@ def _choose_index(root: Path, indexes: list[str], kind: Kind) -> str:
     return indexes[0]
 
 
+def _check_single(found: CheckpointFiles, weights: list[str]) -> None:
+    """Refuse all weights in one file beside an index of others: engines differ in which they take."""
+    assert found.index is not None
+    single = found.index.name.removesuffix(".index.json")
+    if single in weights and found.root / single not in found.files:
+        raise CheckpointError(
+            f"holds {single!r} and an index of other files; which of the two is right cannot be known: "
+            f"give the path of one",
+            file=found.root,
+        )
+
+
 def _drop_twins(weights: list[str], kind: Kind) -> list[str]:
     """Leave out copies of the same weights in another cut, and files that only look like weights."""
     if kind == "torch":
-        return [w for w in weights if w.startswith(_STEMS)] or weights
-    return [w for w in weights if not w.startswith("consolidated")] or weights
+        left = [w for w in weights if w.startswith(_STEMS)] or weights
+    else:
+        left = [w for w in weights if not w.startswith("consolidated")] or weights
+    known = {name: match for name in left if (match := _VARIANT.fullmatch(Path(name).stem))}
+    plain = {match["stem"] for match in known.values() if match["variant"] is None}
+    return [n for n in left if n not in known or known[n]["variant"] is None or known[n]["stem"] not in plain]
 
 
 def _passed_over(weights: list[str], chosen: list[str]) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ def merged(
     """
     result: dict[str, dict[str, object]] = {}
     for origin, layer in layers(argument, environ):
+        if not isinstance(layer, Mapping):
+            raise PluginConfigError(f"{origin}: is plugin's name → setting → value, not {layer!r}")
         for plugin, settings in layer.items():
             if not isinstance(settings, Mapping):
                 raise PluginConfigError(f"{origin}: {plugin!r} must be a table of settings, not {settings!r}")

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,18 @@ def assert_same(ours, theirs):
         assert mine[name].stride() == parameter.stride()
         assert torch.equal(mine[name], parameter), name
     buffers = dict(ours.named_buffers())
+    assert list(buffers) == [name for name, _ in theirs.named_buffers()]
     for name, buffer in theirs.named_buffers():
+        assert buffers[name].dtype == buffer.dtype, name
         assert torch.equal(buffers[name], buffer), name
-    assert not ours.training
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    modules = dict(theirs.named_modules())
+    for name, module in ours.named_modules():
+        assert type(module).__name__ == type(modules[name]).__name__
+        assert not module.training
+        assert getattr(module, "name_or_path", None) == getattr(modules[name], "name_or_path", None), name
+        settings = getattr(module, "config", None)
+        assert settings is None or settings.to_dict() == modules[name].config.to_dict(), name
     assert ours.config.to_dict() == theirs.config.to_dict()
     assert ours.name_or_path == theirs.name_or_path
     assert hasattr(ours, "generation_config") == hasattr(theirs, "generation_config")
@@ -56,6 +66,75 @@ def test_another_dtype_than_the_checkpoints(saved, logits, name):
     for dtype in (torch.float32, "float16"):
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         ours = from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
+        assert_same(ours, theirs)
+        assert torch.equal(logits(ours), logits(theirs))
+
+
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+ROUTED = {
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}
+TOWER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+ARCHITECTURES = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "deepseek_v3": {**TOWER, **LATENT, **ROUTED, "num_key_value_heads": 4, "moe_intermediate_size": 32},
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "clip": {
+        "text_config": {**TOWER, "vocab_size": 199},
+        "vision_config": {**TOWER, "image_size": 8, "patch_size": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(tmp_path, vault, name):
+    """Transposed, latent, shared and computed parameters, some kept in float32, and two towers."""
+    torch.manual_seed(3)
+    vocabulary = {} if name == "clip" else {"vocab_size": 199}
+    model = AutoModel.from_config(AutoConfig.for_model(name, **vocabulary, **ARCHITECTURES[name]))
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.1, 0.1)
+    model.save_pretrained(tmp_path, max_shard_size="80KB")
+    given = {"input_ids": torch.randint(3, 199, (2, 9))}
+    if name == "t5":
+        given["decoder_input_ids"] = given["input_ids"]
+
+    def answer(model):
+        pixels = {"pixel_values": torch.ones(2, 3, 8, 8, dtype=model.dtype)} if name == "clip" else {}
+        with torch.no_grad():
+            return model(**given, **pixels)[0]
+
+    for arguments in ({"map_files": False}, {"dtype": torch.float16}, {"format": "gms", "config": vault}):
+        dtype = {name: value for name, value in arguments.items() if name == "dtype"}
+        theirs = AutoModel.from_pretrained(tmp_path, **dtype)
+        times = 2 if "format" in arguments else 1  # who writes, and who reads
+        both = [load(AutoModel, tmp_path, **arguments) for _ in range(times)]
+        for ours in both:
+            assert_same(ours.model, theirs)
+            assert torch.equal(answer(ours.model), answer(theirs))
+        for ours in reversed(both):
+            ours.report.lease.close()
+    assert both[1].report.nbytes == 0
+
+
+def test_models_that_are_loaded_in_threads(saved, logits):
+    """What `from_pretrained` patches while it builds a model is that of the whole process."""
+    paths = [saved(name) for name in MODELS * 2]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda path: from_pretrained(AutoModelForCausalLM, path), paths))
+    for path, ours in zip(paths, found, strict=True):
+        theirs = AutoModelForCausalLM.from_pretrained(path)
         assert_same(ours, theirs)
         assert torch.equal(logits(ours), logits(theirs))
 

@@ -16,6 +16,7 @@ WEIGHTS = ["text_encoder", "transformer", "transformer_2", "vae"]
 
 def assert_same(ours, theirs):
     assert set(ours.components) == set(theirs.components)
+    assert ours.name_or_path == theirs.name_or_path
     for name in WEIGHTS:
         mine, other = getattr(ours, name), getattr(theirs, name)
         assert type(mine) is type(other)
@@ -57,6 +58,14 @@ def test_dtypes_by_component(wan):
     dtypes = {"transformer": torch.bfloat16, "vae": torch.float16, "default": torch.float32}
     theirs = DiffusionPipeline.from_pretrained(wan, dtype=dtypes)
     assert_same(pipeline_from_pretrained(DiffusionPipeline, wan, dtype=dtypes), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
+def test_the_older_name_of_dtype(wan):
+    theirs = DiffusionPipeline.from_pretrained(str(wan), torch_dtype=torch.bfloat16)
+    ours = pipeline_from_pretrained(DiffusionPipeline, str(wan), torch_dtype=torch.bfloat16, device_map=None)
+    assert ours.vae.dtype == torch.bfloat16
+    assert_same(ours, theirs)
 
 
 def test_a_component_that_is_given_is_not_loaded(wan):
@@ -122,6 +131,8 @@ def test_what_is_missing_is_an_error(wan, tmp_path):
 def test_refusals(wan, saved, tmp_path):
     with pytest.raises(EngineError, match="'device_map' is not served"):
         load_pipeline(DiffusionPipeline, wan, device_map="balanced")
+    with pytest.raises(EngineError, match=r"dtype is to be a torch\.dtype, .* not 'bfloat16'"):
+        load_pipeline(DiffusionPipeline, wan, dtype="bfloat16")
     with pytest.raises(EngineError, match="AutoModel is no pipeline class"):
         load_pipeline(AutoModel, wan)
     with pytest.raises(CheckpointError, match="is no pipeline"):

@@ -3,11 +3,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, LlamaForCausalLM
 
 import weights_core as w
-from weights_core.errors import FormatUnresolvedError
+from weights_core.errors import EngineError, FormatUnresolvedError
 from weights_transformers import load
+from weights_transformers.direct import DirectEngine
 
 BLOCK = 32
 HOW = {"dequantize": True, "weight_block_size": (BLOCK, BLOCK), "modules_to_not_convert": ["lm_head"]}
@@ -56,3 +58,19 @@ def test_an_error_of_the_source_is_not_told_in_other_words(fp8, monkeypatch):
     monkeypatch.setattr(ShardSet, "read_into", broken)
     with pytest.raises(w.errors.CheckpointError, match="changed while it was read"):
         load(AutoModelForCausalLM, fp8, format="disk", quantization_config=FineGrainedFP8Config(**HOW))
+
+
+def test_a_model_that_is_left_without_memory_is_refused(saved):
+    """As where two threads call `from_pretrained` at once: a tied head stays on meta."""
+
+    def build(values):
+        model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=values)
+        model.lm_head.to("meta")
+        return model, {"missing_keys": ()}
+
+    path = saved("llama")
+    config = AutoConfig.from_pretrained(path)
+    engine = DirectEngine(build, w.EngineInfo(name="transformers", version="5"))
+    with pytest.raises(EngineError, match=r"lm_head\.weight without memory"):
+        w.load(engine, path)
+    assert engine.untouched()

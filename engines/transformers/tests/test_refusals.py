@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     ViTConfig,
 )
 
@@ -29,10 +31,15 @@ from weights_transformers import arguments, from_pretrained
     [
         ({"device_map": "auto"}, "'device_map': 'auto' is not served; name one device"),
         ({"device_map": {"model": 0, "lm_head": "cpu"}}, "several devices"),
+        ({"device_map": {"": "disk"}}, "'disk' is not served; name one device"),
+        ({"device_map": torch.device("meta")}, "'meta' is not served; name one device"),
         ({"max_memory": {0: 1}}, "offloading"),
         ({"state_dict": {}}, "reads the checkpoint itself"),
         ({"gguf_file": "x.gguf"}, "reads the checkpoint itself"),
-        ({"revision": "main"}, "download it first"),
+        ({"revision": "v2"}, "download it first"),
+        ({"subfolder": "sub"}, "give that folder itself as the path"),
+        ({"variant": "fp16"}, "the path of the variant's file"),
+        ({"use_safetensors": False}, "give the path of the file or the index"),
         ({"adapter_name": "a"}, "adapters are not served"),
         ({"output_loading_info": True}, r"the report of load\(\)"),
         ({"distributed_config": {"fsdp_size": 2}}, "only tensor parallelism"),
@@ -41,6 +48,7 @@ from weights_transformers import arguments, from_pretrained
         ({"tp_plan": "auto", "distributed_config": {}}, "leave that out"),
         ({"model_config": "llama"}, "a configuration of Transformers"),
         ({"no_such_argument": 1}, "no_such_argument"),
+        ({"quantization_config": "fp8"}, "'str' object has no attribute 'quant_method'"),
         ({"config": LlamaConfig()}, "give a model's configuration as model_config="),
     ],
 )
@@ -49,12 +57,44 @@ def test_arguments(saved, given, why):
         from_pretrained(AutoModelForCausalLM, saved("llama"), **given)
 
 
+def test_arguments_that_ask_for_nothing(saved):
+    """Who wraps `from_pretrained` hands on all of its arguments."""
+    given = {
+        "adapter_kwargs": {},
+        "cache_dir": None,
+        "device_map": None,
+        "force_download": False,
+        "output_loading_info": False,
+        "revision": "main",
+        "state_dict": None,
+        "subfolder": "",
+        "token": None,
+        "use_safetensors": True,
+        "variant": None,
+        "weights_only": True,
+    }
+    ours = from_pretrained(AutoModelForCausalLM, saved("llama"), **given)
+    theirs = AutoModelForCausalLM.from_pretrained(saved("llama"), **given)
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_who_asks_for_safetensors_gets_no_others(saved, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert from_pretrained(AutoModelForCausalLM, tmp_path) is not None
+    with pytest.raises(EngineError, match=r"'use_safetensors': .* holds no \.safetensors file"):
+        from_pretrained(AutoModelForCausalLM, tmp_path, use_safetensors=True)
+
+
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
         (AutoTokenizer, "AutoTokenizer is no PyTorch model class of Transformers"),
         (torch.nn.Linear, "weights_core.TorchEngine"),
         (LlamaConfig, "LlamaConfig is no"),
+        (PreTrainedModel, "PreTrainedModel is the class of no model"),
         ("llama", "'llama' is no"),
     ],
 )
@@ -155,6 +195,14 @@ def test_the_tested_version_is_silent(saved, caplog):
     with caplog.at_level(logging.WARNING, logger="weights"):
         from_pretrained(AutoModelForCausalLM, saved("llama"))
     assert not [record for record in caplog.records if record.name.startswith("weights")]
+
+
+@pytest.mark.parametrize("version", ["5.22.9", "5.24.0rc1", "5.23.2", "5.23+cpu"])
+def test_versions(version, monkeypatch, caplog):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with caplog.at_level(logging.WARNING, logger="weights"):
+        assert arguments.check_version("transformers") == version
+    assert bool(caplog.records) is not version.startswith("5.23")
 
 
 def test_importing_the_package_imports_no_torch():

@@ -19,6 +19,7 @@ from weights_core.config import Settings
 from weights_core.errors import EngineError
 from weights_core.shards import open_shards
 from weights_transformers import arguments as given
+from weights_transformers.alone import ALONE
 from weights_transformers.cut import find_whole
 from weights_transformers.direct import DirectEngine
 from weights_transformers.engine import TransformersEngine
@@ -174,9 +175,10 @@ def open_engine(
 
     def build(values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         try:
-            model, info = cls.from_pretrained(
-                None, config=settings, state_dict=values, output_loading_info=True, **left
-            )
+            with ALONE:
+                model, info = cls.from_pretrained(
+                    None, config=settings, state_dict=values, output_loading_info=True, **left
+                )
         except Exception as exc:  # Transformers may raise anything
             raise refused(cls, exc) from exc
         finish(model)

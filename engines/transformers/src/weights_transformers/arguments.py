@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,13 +30,13 @@ REFUSED = {
         (
             "state_dict",
             "gguf_file",
-            "variant",
-            "use_safetensors",
             "weights_only",
-            "subfolder",
         ),
         _OWN,
     ),
+    "subfolder": "give that folder itself as the path",
+    "use_safetensors": "safetensors files come first: to read others, give the path of the file or the index",
+    "variant": "give the path of the variant's file or index, or a folder where no other weights are",
     "disable_mmap": "give map_files=False, which copies everything",
     **dict.fromkeys(
         ("max_memory", "offload_folder", "offload_buffers"), "offloading is not served: load to one device"
@@ -44,6 +45,19 @@ REFUSED = {
     "adapter_name": "adapters are not served: load the model, then the adapter into it",
     "output_loading_info": "the report of load() says what was missing and what was unused",
 }
+DEFAULTS: dict[str, tuple[object, ...]] = {
+    "adapter_kwargs": ({},),
+    "adapter_name": ("default",),
+    "disable_mmap": (False,),
+    "force_download": (False,),
+    "offload_buffers": (False,),
+    "output_loading_info": (False,),
+    "revision": ("main",),
+    "subfolder": ("",),
+    "use_safetensors": (True,),  # checked by `check_safetensors`
+    "weights_only": (True,),
+}
+"""Values that ask for nothing, or for what is done in any case, as None does: many hand on all arguments."""
 
 _OF_LOADING = (
     "attn_implementation",
@@ -64,11 +78,15 @@ _OF_LOADING = (
 """What is `from_pretrained`'s own, and nothing of the model's configuration."""
 
 
+_ELSEWHERE = ("local_files_only", *REFUSED)
+"""What says where to look, and is answered already."""
+
+
 def check_version(package: str) -> str:
     """Return the installed version; warn if this adapter was not tested with it."""
     version: str = importlib.import_module(package).__version__  # its metadata takes longer to read
     first, end = TESTED[package]
-    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    parts = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if not first <= parts < end:
         names = [".".join(map(str, one)) for one in (first, end)]
         log.warning(
@@ -96,6 +114,10 @@ def check_class(cls: object) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(cls, type) and (issubclass(cls, PreTrainedModel) or is_auto(cls)):
+        if not is_auto(cls) and getattr(cls, "config_class", None) is None:
+            raise EngineError(
+                f"{cls.__name__} is the class of no model: give one of its own, or an Auto class"
+            )
         return
     name = cls.__name__ if isinstance(cls, type) else repr(cls)
     base = cls.__module__.partition(".")[0] if isinstance(cls, type) else ""
@@ -107,14 +129,24 @@ def check_class(cls: object) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of `from_pretrained` that have no meaning here.
+    """Refuse arguments of `from_pretrained` that have no meaning here, unless they have their default.
 
     Raises:
         EngineError: naming the argument, and what to do.
     """
-    for name in arguments:
-        if name in REFUSED:
+    for name, value in arguments.items():
+        if name in REFUSED and value is not None and value not in DEFAULTS.get(name, ()):
             raise EngineError(f"argument {name!r}: {REFUSED[name]}")
+
+
+def check_safetensors(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Refuse a folder without safetensors files to those who ask for them.
+
+    Raises:
+        EngineError: there are none.
+    """
+    if arguments.get("use_safetensors") and not any(folder.glob("*.safetensors")):
+        raise EngineError(f"argument 'use_safetensors': {folder} holds no .safetensors file")
 
 
 def one_device(arguments: Mapping[str, Any]) -> str | None:
@@ -125,15 +157,15 @@ def one_device(arguments: Mapping[str, Any]) -> str | None:
     """
     given = arguments.get("device_map")
     if isinstance(given, Mapping):
-        if len({str(device) for device in given.values()}) != 1 or "disk" in given.values():
+        if len({str(device) for device in given.values()}) != 1:
             raise EngineError("argument 'device_map': several devices are not served; name one")
         given = next(iter(given.values()))
     if given is None:
         return None
     if isinstance(given, int):
         return f"cuda:{given}"
-    if str(given) in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise EngineError(f"argument 'device_map': {given!r} is not served; name one device")
+    if str(given) in ("auto", "balanced", "balanced_low_0", "disk", "meta", "sequential"):
+        raise EngineError(f"argument 'device_map': {str(given)!r} is not served; name one device")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if str(given) == "cuda" else str(given)
 
 
@@ -149,7 +181,8 @@ def configuration(
 
     if (folder / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is not None:
         raise EngineError(f"{folder} holds an adapter, which is not served: load the model without it")
-    left = {name: value for name, value in arguments.items() if name != "local_files_only"}
+    check_safetensors(folder, arguments)
+    left = {name: value for name, value in arguments.items() if name not in _ELSEWHERE}
     if isinstance(given, PreTrainedConfig):
         return given, left
     if given is not None:
@@ -200,7 +233,11 @@ def quantization_of(config: Any, arguments: Mapping[str, Any]) -> str | None:
     """Return the name of the quantisation, or None."""
     for found in (arguments.get("quantization_config"), *_quantizations(config)):
         if found is not None:
-            method = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
+            method = (
+                found.get("quant_method")
+                if isinstance(found, Mapping)
+                else getattr(found, "quant_method", None)
+            )
             return str(getattr(method, "value", method))
     return None
 
@@ -221,13 +258,16 @@ def _quantizations(config: Any) -> tuple[Any, Any]:
 
 
 def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto: bool) -> None:
-    """Give a model what `from_pretrained` finds in the folder beside the weights."""
+    """Give a model what `from_pretrained` finds in the folder beside the weights, and its name."""
     model.name_or_path = model.config.name_or_path = str(folder)
+    for module in model.modules():  # the parts and their configurations are built with the name "None"
+        one: Any
+        for one in (module, getattr(module, "config", None)):
+            if getattr(one, "name_or_path", "") == "None":
+                one.name_or_path = str(folder)
     if not model.can_generate() or arguments.get("generation_config") is not None:
         return
-    others = {
-        k: v for k, v in arguments.items() if k not in (*_OF_LOADING, "local_files_only", "generation_config")
-    }
+    others = {k: v for k, v in arguments.items() if k not in (*_OF_LOADING, *_ELSEWHERE, "generation_config")}
     trusted = others.pop("trust_remote_code", None)
     model.adjust_generation_fn(
         None,

@@ -13,6 +13,7 @@ from torch import nn
 
 from weights_core.errors import EngineError
 from weights_core.tensors import slots
+from weights_transformers.alone import ALONE
 from weights_transformers.recipes import Held, Pieces, Recipe, part
 from weights_transformers.trace import INITIALISED, Trace
 
@@ -61,7 +62,7 @@ def _built(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     from diffusers.models.modeling_utils import no_init_weights
 
     config = cls.load_config(folder, local_files_only=True)
-    with _default_dtype(dtype), no_init_weights(), init_empty_weights():  # buffers are computed
+    with ALONE, _default_dtype(dtype), no_init_weights(), init_empty_weights():  # buffers are computed
         model = cls.from_config(config)
     model.register_to_config(_name_or_path=str(folder))
     return model.eval()

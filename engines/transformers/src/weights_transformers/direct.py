@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,8 @@ import attrs
 import torch
 from torch.distributed.tensor import DTensor
 
-from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, dtypes
-from weights_core.errors import WeightsError
+from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage, dtypes
+from weights_core.errors import EngineError, WeightsError
 from weights_core.tensors import empty, nbytes
 from weights_core.weightset import normalise
 from weights_transformers.blocks import Blocks
@@ -69,7 +70,7 @@ class DirectEngine(Engine):
         """Build the model; what was read whole is released at once, the rest when the model stands.
 
         Raises:
-            EngineError: Transformers refuses.
+            EngineError: Transformers refuses, or leaves a tensor without memory.
             RanksDisagreeError: another rank has failed.
         """
         reader = _Reader(weights, Blocks(self._block, weights.metas))
@@ -108,7 +109,7 @@ class DirectEngine(Engine):
         try:
             with calls or contextlib.nullcontext():
                 built = self._build(values)
-            found = (calls.error if calls is not None else None) or reader.blocks.fault()
+            found = (calls.error if calls is not None else None) or reader.blocks.fault() or _bare(built[0])
             if found is not None:  # Transformers has not noticed
                 raise found
         except Exception as exc:
@@ -157,6 +158,13 @@ class _Reader:
             else:
                 self.cut.add(meta.name)
         return out if slices is not None else out[index]
+
+
+def _bare(model: Any) -> EngineError | None:
+    """Return the error of a model whose tensors have not all got memory."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    bare = [name for name, tensor in tensors if tensor.is_meta]
+    return EngineError(f"Transformers left {coverage.listed(bare)} without memory") if bare else None
 
 
 def _meta(name: str, tensor: torch.Tensor) -> TensorMeta:

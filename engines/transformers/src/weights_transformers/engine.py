@@ -12,6 +12,7 @@ from torch import nn
 from weights_core import Applied, EngineInfo, Layout, TorchEngine, WeightSet, coverage, dtypes
 from weights_core.errors import CoverageError
 from weights_core.tensors import slots
+from weights_transformers.alone import ALONE
 from weights_transformers.mapped import ModelWeights
 from weights_transformers.ranks import Ranks
 from weights_transformers.recipes import fingerprint
@@ -121,7 +122,8 @@ class TransformersEngine(TorchEngine):
         model = self.model
         pairs = getattr(model, "all_tied_weights_keys", {}).items()
         if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in pairs):
-            model.tie_weights(missing_keys=set(self._trace.held), recompute_mapping=False)  # type: ignore[operator]
+            with ALONE:
+                model.tie_weights(missing_keys=set(self._trace.held), recompute_mapping=False)  # type: ignore[operator]
 
 
 def _trained(trace: Trace) -> str | None:

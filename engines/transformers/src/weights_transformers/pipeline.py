@@ -16,6 +16,7 @@ from weights_core.checkpoint import components, find
 from weights_core.config import Settings
 from weights_core.errors import CheckpointError, EngineError
 from weights_transformers import arguments as given
+from weights_transformers.alone import ALONE
 from weights_transformers.api import check_settings, headers, open_engine
 
 if TYPE_CHECKING:
@@ -77,9 +78,11 @@ def load_pipeline(
     given.check_version("transformers")
     check_settings(config)
     given.check_arguments({k: v for k, v in kwargs.items() if k not in ("token", "local_files_only")})
-    if "device_map" in kwargs or "quantization_config" in kwargs:
-        name = "device_map" if "device_map" in kwargs else "quantization_config"
-        raise EngineError(f"argument {name!r} is not served for pipelines; device= names one device")
+    for name in ("device_map", "quantization_config"):
+        if kwargs.pop(name, None) is not None:
+            raise EngineError(f"argument {name!r} is not served for pipelines; device= names one device")
+    older = kwargs.pop("torch_dtype", None)  # diffusers' name of dtype until 1.0
+    dtype = _checked(older if dtype is None else dtype)
     folder = Path(path)
     if not (isinstance(cls, type) and hasattr(cls, "load_config") and hasattr(cls, "components")):
         raise EngineError(f"{getattr(cls, '__name__', cls)} is no pipeline class of diffusers")
@@ -90,12 +93,13 @@ def load_pipeline(
     engines: dict[str, w.Engine] = {}
     for name, kind in _classes(cls, folder).items():
         if name in have and name not in kwargs:
+            given.check_safetensors(folder / name, kwargs)
             engine = _engine(kind, folder, name, device, _dtype_of(dtype, name), map_files=map_files)
             if engine is not None:
                 engines[name] = engine
     reports = w.load_pipeline(engines, folder, format, config, host=host, timeout=timeout)
     try:
-        pipeline = _assembled(cls, folder, engines, device, dtype, kwargs)
+        pipeline = _assembled(cls, path, engines, device, dtype, kwargs)
     except EngineError:
         for report in reports.values():
             report.lease.close()
@@ -105,7 +109,7 @@ def load_pipeline(
 
 def _assembled(
     cls: Any,
-    folder: Path,
+    path: Path | str,
     engines: Mapping[str, w.Engine],
     device: str,
     dtype: Any,
@@ -118,7 +122,8 @@ def _assembled(
             models[name].to(device)  # buffers that no checkpoint holds
     asked = dict(dtype) if isinstance(dtype, Mapping) else dtype
     try:
-        pipeline = cls.from_pretrained(folder, dtype=asked, **models, **kwargs)
+        with ALONE:
+            pipeline = cls.from_pretrained(path, dtype=asked, **models, **kwargs)
     except Exception as exc:  # diffusers may raise anything
         raise EngineError(
             f"diffusers refuses to assemble {cls.__name__}: {type(exc).__name__}: {exc}"
@@ -189,6 +194,20 @@ def _engine(
         component=name,
         map_files=map_files,
     )
+
+
+def _checked(given: Any) -> Any:
+    """Return one dtype or a mapping of them as it is.
+
+    Raises:
+        EngineError: it is neither.
+    """
+    import torch
+
+    for one in given.values() if isinstance(given, Mapping) else (given,):
+        if one is not None and not isinstance(one, torch.dtype):
+            raise EngineError(f"dtype is to be a torch.dtype, or one by component's name, not {one!r}")
+    return given
 
 
 def _dtype_of(given: Any, name: str) -> torch.dtype | None:
