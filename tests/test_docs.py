@@ -77,10 +77,19 @@ def test_links_between_pages_lead_somewhere(page):
     assert all((ROOT / page).parent.joinpath(t).exists() for t in targets if t)
 
 
-def test_readme_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^):]+)\)", (ROOT / "README.md").read_text())
-    assert targets
-    assert all((ROOT / target).exists() for target in targets)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, (
+                target
+            )
 
 
 def test_the_page_on_the_command_line_is_what_the_commands_say(monkeypatch):
