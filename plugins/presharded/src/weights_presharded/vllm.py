@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weights_core import EngineInfo, Layout
 from weights_core.checkpoint import CheckpointFiles
@@ -14,7 +15,9 @@ from weights_core.disk import ShardSet
 from weights_core.errors import CheckpointError, IdentityMismatchError
 from weights_core.shards import open_shards
 from weights_presharded.manifest import said
-from weights_presharded.reading import RankSet
+
+if TYPE_CHECKING:
+    from weights_presharded.reading import RankSet
 
 _FILE = re.compile(r"model-rank-(\d{1,6})-part-(\d{1,6})\.safetensors")
 _WHY = (
@@ -44,6 +47,8 @@ def open_vllm(folder: Path, info: EngineInfo) -> RankSet:
         CheckpointError: files are missing, of quantised weights, or what post-load has made of others.
         IdentityMismatchError: they were saved for another number of ranks.
     """
+    from weights_presharded.reading import RankSet  # every load asks `is_vllm`, few come here
+
     parts = _parts(folder)
     axes = {name: axis for name, axis in info.topology.axes.items() if axis.size > 1}
     rank, size = (axes["tp"].rank, axes["tp"].size) if "tp" in axes else (0, 1)
