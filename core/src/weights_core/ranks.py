@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from weights_core.errors import Declined, LoadFailed, RanksDisagreeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weights_core.engine import Engine
-    from weights_core.types import LoadRequest
+    from weights_core.types import Axis, LoadRequest
 
 
 def gather(engine: Engine, request: LoadRequest, value: object, what: str) -> Sequence[object]:
@@ -26,12 +26,22 @@ def gather(engine: Engine, request: LoadRequest, value: object, what: str) -> Se
     Raises:
         RanksDisagreeError: a rank stayed away until the deadline, or cannot be reached.
     """
-    world = request.engine.topology.world
+    return gathered(engine.gather, request.engine.topology.world, value, request.timeout, what)
+
+
+def gathered(
+    ask: Callable[[object, float], Sequence[object]], world: Axis, value: object, timeout: float, what: str
+) -> Sequence[object]:
+    """Do as `gather`, by `ask`: for engines whose ranks must agree before there is a load.
+
+    Raises:
+        RanksDisagreeError: as `gather`.
+    """
     place = f"rank {world.rank}, {what}"
     try:
-        values = engine.gather(value, request.timeout)
+        values = ask(value, timeout)
     except TimeoutError as exc:
-        why = f"{place}, waited {request.timeout:g} s for the other ranks"
+        why = f"{place}, waited {timeout:g} s for the other ranks"
         raise RanksDisagreeError(why, lost=True) from exc
     except Exception as exc:  # an engine's transport may raise anything
         why = f"{place}, cannot reach the other ranks: {type(exc).__name__}: {exc}"

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from weights_core import Axis, Topology
 from weights_core.errors import EngineError, RanksDisagreeError
+from weights_core.ranks import gathered
 
 T = TypeVar("T")
 
@@ -56,11 +57,7 @@ class Ranks:
         Raises:
             RanksDisagreeError: the others cannot be reached.
         """
-        try:
-            return self.gather(value, self.timeout)
-        except (TimeoutError, RuntimeError) as exc:
-            rank = self.topology.rank
-            raise RanksDisagreeError(f"rank {rank}, {where}: {exc}", lost=True) from exc
+        return gathered(self.gather, self.topology.world, value, self.timeout, where)
 
 
 def topology_of(mesh: Any) -> Topology:

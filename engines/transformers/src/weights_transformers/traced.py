@@ -271,7 +271,7 @@ def _to(func: Callable[..., Any], tensor: Traced, args: tuple[Any, ...], kwargs:
         return tensor
     result = tensor.detach().to(dtype)
     found = recipes.cast(tensor.recipe, dtype) if isinstance(tensor.recipe, Pieces) else None
-    return Traced.of(found or Call(func, (tensor.recipe, dtype), {}), _fresh(result), tensor.tracer)
+    return Traced.of(found or Call(func, (tensor.recipe, dtype), {}), result, tensor.tracer)
 
 
 def _replace(tensor: Traced, data: object, tracer: Tracer) -> None:
