@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from weights_core.errors import EngineError
-from weights_core.types import Applied, EngineInfo, Layout, TensorMeta
+from weights_core.types import Applied, EngineInfo, Layout, Plan, TensorMeta
 from weights_core.weightset import WeightSet
 
 if TYPE_CHECKING:
@@ -39,6 +39,15 @@ class Engine(Protocol):
     @property
     def anchor(self) -> object:
         """The object whose life bounds the lease on the weights: the model, where there is one."""
+        return self
+
+    def planned(self, plan: Plan) -> Engine:
+        """Return the engine to go on with, now that it is known who takes part; by default this one.
+
+        For engines that take long to open, and need not always be opened whole. If what the other says
+        of itself differs from this one's `info`, plugins are asked once more.
+        """
+        del plan
         return self
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import attrs
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _TAP = "weights_core tap"
+_MARK = f"{hookspecs.PROJECT}_impl"
+"""What `hookimpl` leaves on a function."""
 
 
 @attrs.frozen
@@ -264,13 +266,25 @@ def _one_line(exc: BaseException) -> str:
 
 
 class _Manager(pluggy.PluginManager):
-    """Looks for hooks only among public names; inspecting every dunder is most of registering."""
+    """Looks for hooks only where there may be one; inspecting every name is most of registering."""
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+        if name.startswith("__") or _is_unmarked(plugin, name):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
 
     def parse_hookspec_opts(self, module_or_class: Any, name: str) -> pluggy.HookspecOpts | None:
         return super().parse_hookspec_opts(module_or_class, name) if name in hookspecs.HOOKS else None
+
+
+def _is_unmarked(plugin: object, name: str) -> bool:
+    """Whether a name is surely no hook's: a value, or a plain method without the mark."""
+    if name in getattr(plugin, "__dict__", ()):
+        return False
+    found = next((vars(cls)[name] for cls in type(plugin).__mro__ if name in vars(cls)), None)
+    if isinstance(found, FunctionType):
+        return not hasattr(found, _MARK)
+    return not isinstance(found, staticmethod | classmethod | MethodType | MemberDescriptorType)
 
 
 class _Monitor:

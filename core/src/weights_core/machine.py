@@ -136,16 +136,19 @@ def _file_system(path: Path) -> Fact:
     return Fact("file system", kind, "local storage")
 
 
+_OCTAL = re.compile(r"\\([0-7]{3})")
+"""How the kernel writes blanks in names."""
+
+
 def file_system(path: Path) -> str:
     """Return the type of the file system that holds `path`, or `unknown`."""
-    place = path.resolve()
-    best, kind = -1, "unknown"
+    place = f"{path.resolve()}/"
+    best, kind = "", "unknown"
     for line in _text(_PROC / "self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
-        octal = re.compile(r"\\([0-7]{3})")  # how the kernel writes blanks in names
-        point = Path(octal.sub(lambda code: chr(int(code[1], 8)), left.split()[4]))
-        if place.is_relative_to(point) and len(point.parts) >= best:  # a later mount covers an earlier
-            best, kind = len(point.parts), right.split()[0]
+        point = _OCTAL.sub(lambda code: chr(int(code[1], 8)), left.split()[4]).rstrip("/") + "/"
+        if place.startswith(point) and len(point) >= len(best):  # a later mount covers an earlier
+            best, kind = point, right.split()[0]
     return kind
 
 

@@ -59,6 +59,8 @@ def make_plan(hooks: Hooks, request: LoadRequest) -> Plan:
             for name in sorted(_with(claims, Role.PUBLISHER), key=lambda name: name not in owners)
         },
         decisions=_decisions(hooks, claims, first=(*owners, *sources)),
+        layouts=frozenset().union(*(claims[name].layouts for name in (*owners, *sources)))
+        & request.engine.accepts,
         held=claims[owners[0]].held if owners else None,
     )
     if not plan.providers:

@@ -82,10 +82,7 @@ class Session:
         Raises:
             EngineError: `engine.anchor` cannot be weakly referenced, so nothing would end the lease.
         """
-        try:
-            weakref.ref(engine.anchor)
-        except TypeError as exc:
-            raise EngineError(f"the anchor of engine {request.engine.name}: {exc}") from exc
+        _check_anchor(engine)
         own = engine.checkpoint
         self.request = request if own is None else attrs.evolve(request, checkpoint=own)
         self.state = State.NEW
@@ -120,6 +117,7 @@ class Session:
             with self._together("resolve") as agreed:
                 self._hooks = self._open_hooks(self.request)
                 self._plan = make_plan(self._hooks, self.request)
+                self._settle(self.engine.planned(self._plan))
                 agreed.subject = ", ".join(self._plan.providers)
             self._chain = Chain(self._hooks, self._plan, self.request, self.engine, _known(self._ranks))
         self.state = State.RESOLVED
@@ -263,6 +261,16 @@ class Session:
             )
 
     # ------------------------------------------------------------------------------------------
+
+    def _settle(self, engine: Engine) -> None:
+        """Go on with the engine that was chosen for the plan."""
+        if engine is self._engine:
+            return
+        _check_anchor(engine)
+        request = attrs.evolve(self.request, engine=engine.info)
+        self._engine, self._ranks = engine, Ranks(engine, request)
+        if request != self.request:
+            self.request, self._plan = request, make_plan(_known(self._hooks), request)
 
     def _apply_or_fall_back(self) -> Applied:
         chain = _known(self._chain)
@@ -448,6 +456,13 @@ class _Agreed:
     """What a step is about, for the other ranks."""
 
     subject: str
+
+
+def _check_anchor(engine: Engine) -> None:
+    try:
+        weakref.ref(engine.anchor)
+    except TypeError as exc:
+        raise EngineError(f"the anchor of engine {engine.info.name}: {exc}") from exc
 
 
 def _run_all(steps: Iterable[Callable[[], object]]) -> list[BaseException]:

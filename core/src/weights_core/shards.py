@@ -143,23 +143,25 @@ class SafetensorsShard(Shard):
     def extent(self, name: str, slices: Slices | None = None) -> range | None:
         """Return which bytes of the file a part takes; None if not one aligned piece, or none at all."""
         meta = self.metas[name]
-        return self._extent(meta, normalise(slices, meta.torch_shape))
+        return self._extent(meta, normalise(slices, meta.torch_shape) if slices else None)
 
-    def _extent(self, meta: TensorMeta, wanted: tuple[range, ...]) -> range | None:
-        count, skip = _row_bytes(meta, wanted[:1])
-        begin = (meta.offset or 0) + skip
+    def _extent(self, meta: TensorMeta, wanted: tuple[range, ...] | None) -> range | None:
+        begin, count = meta.offset or 0, meta.nbytes
+        if wanted is not None:
+            if not _whole_rows(meta, wanted):
+                return None
+            count, skip = _row_bytes(meta, wanted[:1])
+            begin += skip
         try:
             width = dtypes.to_torch(meta.dtype).itemsize
         except KeyError:
             return None
-        if not count or begin % width or not _whole_rows(meta, wanted):
-            return None
-        return range(begin, begin + count)
+        return None if not count or begin % width else range(begin, begin + count)
 
     def mapped(self, name: str, slices: Slices | None = None) -> torch.Tensor | None:
         """Return whole rows where they lie, if their elements are aligned and the system can map them."""
         meta = self.metas[name]
-        wanted = normalise(slices, meta.torch_shape)
+        wanted = normalise(slices, meta.torch_shape) if slices else None
         extent = self._extent(meta, wanted)
         if extent is None:
             return None
@@ -172,7 +174,8 @@ class SafetensorsShard(Shard):
             raise
         if raw is None:
             return None
-        return raw.view(self.torch_dtype(meta)).view(tuple(map(len, wanted)))
+        shape = meta.torch_shape if wanted is None else tuple(map(len, wanted))
+        return raw.view(self.torch_dtype(meta)).view(shape)
 
     def bring(self, extent: range) -> None:
         """Have the kernel read bytes into the pages that `mapped` lends; what fails, fails there."""

@@ -260,8 +260,9 @@ class Plan:
 
     At most one `owner`; `sources` in the order they are asked, the built-in disk last; `wrappers`
     from the outermost in; `publishers`; and for each installed plugin a `Decision`. Plugins are
-    named; `publish_at` and `required` repeat what each publisher claimed. `held` is the owner's, for
-    engines that budget their memory before they load.
+    named; `publish_at` and `required` repeat what each publisher claimed. `layouts` are those that the
+    owner and the sources may deliver. `held` is the owner's, for engines that budget their memory
+    before they load.
     """
 
     owner: str | None
@@ -269,6 +270,7 @@ class Plan:
     wrappers: tuple[str, ...]
     publishers: Mapping[str, FormatClaim]
     decisions: tuple[Decision, ...]
+    layouts: frozenset[Layout] = attrs.field(default=frozenset({Layout.CHECKPOINT}), converter=_layouts)
     held: Callable[[], int] | None = attrs.field(default=None, eq=False)
 
     @property

@@ -104,8 +104,8 @@ def test_an_old_vae_with_other_names(tmp_path):
         tensors[name] = value
     save_file(tensors, file)
     from weights_core.checkpoint import find
-    from weights_transformers.api import headers
     from weights_transformers.diffusion import blueprint
+    from weights_transformers.opening import headers
 
     found = find(tmp_path / "vae")
     traced = blueprint(AutoencoderKL, found.root, headers(found), None)

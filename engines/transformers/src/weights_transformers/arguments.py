@@ -261,10 +261,12 @@ def finish(model: Any, folder: Path, arguments: Mapping[str, Any], *, from_auto:
     """Give a model what `from_pretrained` finds in the folder beside the weights, and its name."""
     model.name_or_path = model.config.name_or_path = str(folder)
     for module in model.modules():  # the parts and their configurations are built with the name "None"
-        one: Any
-        for one in (module, getattr(module, "config", None)):
-            if getattr(one, "name_or_path", "") == "None":
-                one.name_or_path = str(folder)
+        own = vars(module)  # asking a module for what it has not takes a while
+        if own.get("name_or_path") == "None":
+            module.name_or_path = str(folder)
+        config: Any = own.get("config")
+        if getattr(config, "name_or_path", "") == "None":
+            config.name_or_path = str(folder)
     if not model.can_generate() or arguments.get("generation_config") is not None:
         return
     others = {k: v for k, v in arguments.items() if k not in (*_OF_LOADING, *_ELSEWHERE, "generation_config")}

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of a model that Transformers itself must fill: one that it quantises as it loads."""
+"""The engine of a model that Transformers itself fills: one that it quantises, or that needs no trace."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage, dtypes
 from weights_core.errors import EngineError, WeightsError
-from weights_core.tensors import empty, nbytes
-from weights_core.weightset import normalise
+from weights_core.tensors import empty, nbytes, slots
+from weights_core.weightset import Target, normalise
 from weights_transformers.blocks import Blocks
 from weights_transformers.collectives import Collectives
 from weights_transformers.ranks import Ranks
@@ -39,16 +38,23 @@ class DirectEngine(Engine):
         info: EngineInfo,
         ranks: Ranks | None = None,
         block: Sequence[int] | None = None,
+        *,
+        stored: str | None = None,
+        map_files: bool = True,
     ) -> None:
         """Describe a model that `build` makes of a state dict, spread over `ranks` if there are any.
 
-        `block` is the size of the blocks that have a scale each, if there are such.
+        `block` is the size of the blocks that have a scale each, if there are such. What is `stored` as
+        this dtype will not be converted, cut or moved, so it is brought before the model is built; with
+        `map_files` it is used where it lies in the files, if it can be.
         """
         self.model: Any = None
         self._build = build
         self._info = info if ranks is None else attrs.evolve(info, topology=ranks.topology)
         self._ranks = ranks
         self._block = block if ranks is not None else None
+        self._stored = stored
+        self._map_files = map_files
         self._found: dict[str, TensorMeta] = {}
 
     @property
@@ -73,22 +79,32 @@ class DirectEngine(Engine):
             EngineError: Transformers refuses, or leaves a tensor without memory.
             RanksDisagreeError: another rank has failed.
         """
-        reader = _Reader(weights, Blocks(self._block, weights.metas))
+        reader = _Reader(weights, Blocks(self._block, weights.metas), self._brought(weights))
         model, info = self._built(reader, weights.metas)
         weights.release(reader.cut)
         self.model = model
-        self._found = {
-            name: _meta(name, tensor)
-            for name, tensor in model.state_dict().items()
-            if isinstance(tensor, torch.Tensor)
+        self._found = {name: _meta(name, place[key]) for place, name, key in slots(model)}
+        kept = {
+            *map(str, info["missing_keys"]),
+            *(str(entry[0]) for entry in info.get("mismatched_keys", ())),
         }
-        missing = self._found.keys() & {str(name) for name in info["missing_keys"]}
+        missing = self._found.keys() & kept
         return Applied(
             written=self._found.keys() - missing,
             defaulted=dict.fromkeys(sorted(missing), INITIALISED),
             unused=[name for name in weights.metas if name not in reader.asked],
             host_bytes=reader.kept,
         )
+
+    def tensors(self, layout: Layout) -> Mapping[str, torch.Tensor]:
+        """Return the model's parameters and persistent buffers, if they are the checkpoint's.
+
+        Raises:
+            EngineError: Transformers may have made something else of the weights.
+        """
+        if self._stored is None or self.model is None:
+            return super().tensors(layout)
+        return {name: place[key] for place, name, key in slots(self.model)}
 
     def untouched(self) -> bool:
         """A model that could not be built leaves nothing behind."""
@@ -101,6 +117,25 @@ class DirectEngine(Engine):
     def gather(self, value: object, timeout: float) -> Sequence[object]:
         """Ask the other ranks, if there are any."""
         return [value] if self._ranks is None else self._ranks.gather(value, timeout)
+
+    def _brought(self, weights: WeightSet) -> dict[str, torch.Tensor]:
+        """Return what is used as it is stored: where it lies in the files, else in memory of its own."""
+        metas = weights.metas
+        wanted = [name for name, meta in metas.items() if meta.dtype == self._stored]
+        if not wanted:
+            return {}
+        found = dict(weights.mapped(wanted)) if self._map_files else {}
+        weights.release(found)
+        dtype = dtypes.to_torch(metas[wanted[0]].dtype)
+        targets = [
+            Target(name, empty(metas[name].torch_shape, dtype, offset=metas[name].offset))
+            for name in wanted
+            if name not in found
+        ]
+        for target in weights.fill(targets) if targets else ():
+            weights.release([target.name])
+            found[target.name] = target.out
+        return found
 
     def _built(self, reader: _Reader, metas: Mapping[str, TensorMeta]) -> tuple[Any, Mapping[str, Any]]:
         """Build, and raise what went wrong first: Transformers tells it in other words."""
@@ -126,19 +161,25 @@ class DirectEngine(Engine):
 
 
 class _Reader:
-    """Reads values into memory of their own, one at a time whichever thread asks."""
+    """Hands out what was brought, and reads the rest, one at a time whichever thread asks."""
 
-    def __init__(self, weights: WeightSet, blocks: Blocks) -> None:
+    def __init__(self, weights: WeightSet, blocks: Blocks, brought: dict[str, torch.Tensor]) -> None:
         self.asked: set[str] = set()
         self.cut: set[str] = set()
         self.kept = 0
         self.error: WeightsError | None = None
         self.blocks = blocks
         self._weights = weights
+        self._brought = brought
         self._lock = threading.Lock()
 
     def take(self, meta: TensorMeta, index: Any) -> torch.Tensor:
         slices = slices_of(index)
+        brought = self._brought.pop(meta.name, None) if slices == () else None
+        if brought is not None:
+            self.asked.add(meta.name)
+            self.kept += brought.nbytes
+            return brought
         ranges = normalise(slices or None, meta.torch_shape)
         shape = tuple(len(chosen) for chosen in ranges)
         is_whole = shape == meta.torch_shape
@@ -162,8 +203,12 @@ class _Reader:
 
 def _bare(model: Any) -> EngineError | None:
     """Return the error of a model whose tensors have not all got memory."""
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    bare = [name for name, tensor in tensors if tensor.is_meta]
+    bare = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and tensor.is_meta
+    ]
     return EngineError(f"Transformers left {coverage.listed(bare)} without memory") if bare else None
 
 

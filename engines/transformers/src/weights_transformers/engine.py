@@ -18,6 +18,8 @@ from weights_transformers.ranks import Ranks
 from weights_transformers.recipes import fingerprint
 from weights_transformers.trace import Trace
 
+SHAREABLE = "these are the parameters; nothing is transformed after a load"
+
 
 class TransformersEngine(TorchEngine):
     """Brings weights into a model that was traced, in the CHECKPOINT or the SHARDED layout.
@@ -61,7 +63,7 @@ class TransformersEngine(TorchEngine):
             version=version,
             model=f"{type(trace.model).__qualname__}#{fingerprint(trace.recipes)}",
             dtype=dtypes.from_torch(trace.dtype),
-            shareable={Layout.SHARDED: "these are the parameters; nothing is transformed after a load"},
+            shareable={Layout.SHARDED: SHAREABLE},
         )
 
     @property

@@ -17,7 +17,8 @@ from weights_core.config import Settings
 from weights_core.errors import CheckpointError, EngineError
 from weights_transformers import arguments as given
 from weights_transformers.alone import ALONE
-from weights_transformers.api import check_settings, headers, open_engine
+from weights_transformers.api import check_settings, open_engine
+from weights_transformers.opening import headers
 
 if TYPE_CHECKING:
     import torch

@@ -90,23 +90,21 @@ def ranks_of(arguments: Mapping[str, Any], timeout: float) -> Ranks | None:
     return None if manager is None else Ranks(manager.get_mesh(("pp", "fsdp", "tp")), timeout)
 
 
-def opened_together(ranks: Ranks | None, step: Callable[[], T], seen: Callable[[T], str]) -> T:
+def opened_together(ranks: Ranks, step: Callable[[], T], seen: Callable[[T], str]) -> T:
     """Do what opens a checkpoint, and go on only if every rank could, and has `seen` the same.
 
     Raises:
-        Exception: what `step` raised.
+        Exception: what `step` or `seen` raised.
         RanksDisagreeError: another rank failed, or sees another checkpoint.
     """
-    if ranks is None:
-        return step()
     where = "where the model is opened"
     try:
         opened = step()
+        mine = seen(opened)
     except Exception as exc:
         with contextlib.suppress(RanksDisagreeError):  # the error that is raised says more
             ranks.ask(("", str(exc)), where)
         raise
-    mine = seen(opened)
     for rank, theirs in enumerate(ranks.ask((mine, None), where)):
         what, failed = theirs if isinstance(theirs, tuple) and len(theirs) == 2 else ("another step", None)
         if failed is not None:

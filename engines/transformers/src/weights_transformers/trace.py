@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from weights_core import coverage
 from weights_core.errors import EngineError
 from weights_core.tensors import slots
-from weights_transformers.alone import ALONE
+from weights_transformers.alone import in_one_thread
 from weights_transformers.recipes import Held, Recipe, leaves
 from weights_transformers.traced import Tracer, values
 
@@ -98,7 +98,7 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
     state = torch.get_rng_state()
     is_elsewhere = arguments.keys() & {"device_map", "distributed_config"}
     try:
-        with ALONE, NothingReserved() if is_elsewhere else contextlib.nullcontext():
+        with in_one_thread(), NothingReserved() if is_elsewhere else contextlib.nullcontext():
             model, info = cls.from_pretrained(
                 None, config=config, state_dict=values(metas, tracer), output_loading_info=True, **arguments
             )

@@ -45,10 +45,8 @@ class ReadAhead:
         self._stopped = False
         self._pid = os.getpid()
         self._turn = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"weights-map-{number}", daemon=True)
-            for number in range(threads)
-        ]
+        self._most = threads
+        self._threads: list[threading.Thread] = []
 
     def start(self, is_cached: Callable[[SafetensorsShard, int], bool]) -> None:
         """Begin, unless all is in the page cache, as far as a few bytes of each piece tell."""
@@ -57,7 +55,10 @@ class ReadAhead:
                 piece.ready.set()
         due = [piece for piece in self._pieces if not piece.ready.is_set()]
         self._due = iter(due)
-        del self._threads[len(due) :]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"weights-map-{number}", daemon=True)
+            for number in range(min(self._most, len(due)))
+        ]
         for thread in self._threads:
             thread.start()
 
