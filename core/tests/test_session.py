@@ -4,6 +4,7 @@
 import gc
 import threading
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -648,3 +649,102 @@ def test_keyboard_interrupt_cleans_up_and_passes(checkpoint, model, tensors, cal
         w.load(w.TorchEngine(model), checkpoint, host=host)
     assert calls[-1] == "first.cleanup failed"
     assert is_meta(model)
+
+
+class Undecided(w.Engine):
+    """Stands for another engine until there is a plan."""
+
+    def __init__(self, chosen, **info):
+        self.chosen, self.plans = chosen, []
+        self.own = attrs.evolve(
+            getattr(chosen, "info", None) or w.EngineInfo(name="torch", version="0"), **info
+        )
+
+    @property
+    def info(self):
+        return self.own
+
+    def planned(self, plan):
+        self.plans.append(plan)
+        if isinstance(self.chosen, Exception):
+            raise self.chosen
+        return self.chosen
+
+    def expected(self, layout):
+        return {}
+
+    def apply(self, weights):
+        raise AssertionError("another engine was chosen")
+
+    def untouched(self):
+        return True
+
+
+def asked(requests):
+    class Listens:
+        weights_api = 1
+
+        @w.hookimpl
+        def resolve_format(self, request):
+            requests.append(request)
+            return w.FormatClaim(roles={w.Role.WRAPPER}, reason="listens")
+
+        @w.hookimpl(wrapper=True)
+        def load_weights(self, request, engine):
+            requests.append((request, engine))
+            return (yield)
+
+    return Listens
+
+
+def test_an_engine_may_leave_the_load_to_another_once_there_is_a_plan(checkpoint, model, tensors):
+    requests = []
+    engine = w.TorchEngine(model)
+    undecided = Undecided(engine)
+    w.load(undecided, checkpoint, host=host_of(listens=asked(requests)))
+    assert [plan.providers for plan in undecided.plans] == [("disk",)]
+    assert undecided.plans[0].layouts == {w.Layout.CHECKPOINT}
+    first, (second, seen) = requests
+    assert first is second
+    assert seen is engine
+    assert holds(model, tensors)
+
+
+def test_an_engine_that_says_other_things_of_itself_is_asked_for_once_more(checkpoint, model, tensors):
+    requests = []
+    engine = w.TorchEngine(model, role="draft")
+    with w.open_session(
+        Undecided(engine, role="main"), checkpoint, host=host_of(listens=asked(requests))
+    ) as s:
+        s.resolve()
+        assert s.engine is engine
+        assert [request.engine.role for request in requests] == ["main", "draft"]
+        s.load()
+        s.apply()
+        s.finish()
+    assert requests[-1][0].engine == engine.info
+    assert holds(model, tensors)
+
+
+def test_an_engine_that_cannot_be_chosen_ends_the_load(checkpoint, calls, tensors):
+    host = host_of(a=source(tensors, calls, "a"))
+    with pytest.raises(errors.EngineError, match="cannot be built") as caught:
+        w.load(Undecided(errors.EngineError("cannot be built")), checkpoint, host=host)
+    assert "the engine is untouched" in caught.value.__notes__
+    assert calls == ["a.cleanup failed"]
+
+
+def test_an_engine_that_is_chosen_must_have_an_anchor_too(checkpoint, model):
+    class Unanchored(w.TorchEngine):
+        anchor = 5
+
+    with pytest.raises(errors.EngineError, match="anchor"):
+        w.load(Undecided(Unanchored(model)), checkpoint)
+
+
+@pytest.mark.parametrize("accepts", [set(w.Layout), {w.Layout.CHECKPOINT}])
+def test_a_plan_says_which_layouts_may_come(checkpoint, model, tensors, calls, accepts):
+    claims = {"a": w.Layout.SHARDED, "b": w.Layout.FINAL}
+    host = host_of(**{name: source(tensors, calls, name, layout=layout) for name, layout in claims.items()})
+    engine = Undecided(w.TorchEngine(model), accepts=accepts)
+    assert w.explain(engine, checkpoint, host=host).layouts == accepts

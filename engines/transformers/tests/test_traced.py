@@ -56,6 +56,7 @@ COMPUTED = {
     "T": lambda t: t["a"][...].T,
     "permuted and stacked": lambda t: torch.stack([t["a"][...].t(), t["b"][...].t()]),
     "viewed": lambda t: t["a"][...].view(2, 2, 6).transpose(1, 2).reshape(4, 6),
+    "shaped like another": lambda t: t["a"][...].reshape(TENSORS["i"].t().repeat(1, 4).shape),
     "added": lambda t: t["a"][...] + 1,
     "twice converted": lambda t: t["a"][...].to(torch.bfloat16).to(torch.float32),
     "steps": lambda t: t["a"][::2],

@@ -154,7 +154,7 @@ def evaluated(recipe: Recipe, have: Callable[[Pieces], torch.Tensor]) -> torch.T
             if key not in made:
                 made[key] = one.function(*value(one.args), **value(one.kwargs))
             return made[key] if one.index is None else made[key][one.index]
-        return mapped(one, value) if isinstance(one, tuple | list | Mapping) else one
+        return mapped(one, value) if _is_collection(one) else one
 
     with torch.no_grad():
         result: torch.Tensor = value(recipe)
@@ -165,9 +165,14 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     """Return `function` of a value, or a collection of what it gives for each value in one."""
     if isinstance(value, Mapping):
         return {key: mapped(item, function) for key, item in value.items()}
-    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+    if _is_collection(value):
         return type(value)(mapped(item, function) for item in value)
     return function(value)
+
+
+def _is_collection(value: object) -> bool:
+    """Whether a value may hold recipes; a `torch.Size`, say, is a tuple that does not."""
+    return isinstance(value, Mapping) or type(value) in (tuple, list)
 
 
 def fingerprint(recipes: Mapping[str, Recipe]) -> str:
