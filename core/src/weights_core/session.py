@@ -83,8 +83,7 @@ class Session:
             EngineError: `engine.anchor` cannot be weakly referenced, so nothing would end the lease.
         """
         _check_anchor(engine)
-        own = engine.checkpoint
-        self.request = request if own is None else attrs.evolve(request, checkpoint=own)
+        self.request = _asked_of(request, engine)
         self.state = State.NEW
         self._engine: Engine | None = engine
         self._open_hooks = open_hooks
@@ -267,7 +266,7 @@ class Session:
         if engine is self._engine:
             return
         _check_anchor(engine)
-        request = attrs.evolve(self.request, engine=engine.info)
+        request = attrs.evolve(_asked_of(self.request, engine), engine=engine.info)
         self._engine, self._ranks = engine, Ranks(engine, request)
         if request != self.request:
             self.request, self._plan = request, make_plan(_known(self._hooks), request)
@@ -463,6 +462,11 @@ def _check_anchor(engine: Engine) -> None:
         weakref.ref(engine.anchor)
     except TypeError as exc:
         raise EngineError(f"the anchor of engine {engine.info.name}: {exc}") from exc
+
+
+def _asked_of(request: LoadRequest, engine: Engine) -> LoadRequest:
+    own = engine.checkpoint
+    return request if own is None else attrs.evolve(request, checkpoint=own)
 
 
 def _run_all(steps: Iterable[Callable[[], object]]) -> list[BaseException]:

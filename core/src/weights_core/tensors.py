@@ -62,6 +62,14 @@ def slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
         due += reversed(children)
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what can be written: parameters and persistent buffers, ties under each of their names.
+
+    Not the state dict: a module's hooks may hand out copies or other names there.
+    """
+    return {name: place[key] for place, name, key in slots(model)}
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements as a flat uint8 tensor: a view if contiguous, else a copy."""
     flat = tensor.detach().contiguous().reshape(-1)

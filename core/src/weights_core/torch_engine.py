@@ -12,7 +12,7 @@ from torch import nn
 from weights_core import coverage, dtypes
 from weights_core.engine import Alloc, Engine
 from weights_core.errors import CoverageError, EngineError
-from weights_core.tensors import as_bytes, empty, meta_of, nbytes, slots
+from weights_core.tensors import as_bytes, empty, meta_of, named_tensors, nbytes
 from weights_core.types import Applied, EngineInfo, Layout, TensorMeta, Topology
 from weights_core.weightset import Target, WeightSet
 
@@ -77,7 +77,7 @@ class TorchEngine(Engine):
         self._gather = gather
         self._originals: dict[_Place, torch.Tensor] | None = None
         self._written_in_place = False
-        tensors = _named_tensors(model)
+        tensors = named_tensors(model)
         self._had_memory = any(not t.is_meta for t in tensors.values())
         self._allocated = 0
         _refuse_what_cannot_be_written(model, tensors)
@@ -116,7 +116,7 @@ class TorchEngine(Engine):
     def expected(self, layout: Layout) -> Mapping[str, TensorMeta]:
         """Return the state dict's entries; every layout has the same names and shapes here."""
         del layout
-        return {name: meta_of(name, tensor) for name, tensor in _named_tensors(self.model).items()}
+        return {name: meta_of(name, tensor) for name, tensor in named_tensors(self.model).items()}
 
     def apply(self, weights: WeightSet) -> Applied:
         """Write every tensor of the model from `weights`, and give meta parameters memory.
@@ -128,7 +128,7 @@ class TorchEngine(Engine):
         return self._take(weights, may_cast=True)
 
     def _take(self, weights: WeightSet, *, may_cast: bool) -> Applied:
-        tensors, metas = _named_tensors(self.model), weights.metas
+        tensors, metas = named_tensors(self.model), weights.metas
         ties = _ties(tensors)
         self._check_fit(tensors, ties, metas, may_cast=may_cast)
         staged = self._mapped(tensors, ties, weights)
@@ -156,7 +156,7 @@ class TorchEngine(Engine):
 
     def unused(self, weights: WeightSet) -> Sequence[str]:
         """Return the names that are no tensor of the model."""
-        tensors = _named_tensors(self.model)
+        tensors = named_tensors(self.model)
         return [name for name in weights if name not in tensors]
 
     def bind(self, weights: WeightSet) -> Applied:
@@ -166,7 +166,7 @@ class TorchEngine(Engine):
             CoverageError: a tensor is missing, is not expected, or differs in shape, dtype or device,
                 or two names of one tied parameter hold different bytes.
         """
-        tensors, metas = _named_tensors(self.model), weights.metas
+        tensors, metas = named_tensors(self.model), weights.metas
         ties = _ties(tensors)
         unexpected = [name for name in metas if name not in tensors]
         if unexpected:
@@ -188,7 +188,7 @@ class TorchEngine(Engine):
 
     def materialize(self, alloc: Alloc) -> int:
         """Give each meta parameter memory from `alloc`, ties once; return the bytes."""
-        tensors = _named_tensors(self.model)
+        tensors = named_tensors(self.model)
         given = {
             id(tensors[group[0]]): alloc(meta_of(group[0], tensors[group[0]]))
             for group in _ties(tensors)
@@ -209,7 +209,7 @@ class TorchEngine(Engine):
     def tensors(self, layout: Layout) -> Mapping[str, torch.Tensor]:
         """Return parameters and persistent buffers by state-dict name, ties included."""
         del layout
-        return _named_tensors(self.model)
+        return named_tensors(self.model)
 
     def untouched(self) -> bool:
         """Whether nothing was written in place and no parameter was replaced."""
@@ -392,14 +392,6 @@ def _castable(have: TensorMeta, need: TensorMeta) -> bool:
         return False
     kinds = [dtypes.to_torch(meta.dtype) for meta in (have, need)]
     return kinds[0].is_floating_point == kinds[1].is_floating_point and not any(k.is_complex for k in kinds)
-
-
-def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what can be written: parameters and persistent buffers, ties under each of their names.
-
-    Not the state dict: a module's hooks may hand out copies or other names there.
-    """
-    return {name: place[key] for place, name, key in slots(model)}
 
 
 def _ties(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:

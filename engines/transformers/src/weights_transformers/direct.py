@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage, dtypes
 from weights_core.errors import EngineError, WeightsError
-from weights_core.tensors import empty, nbytes, slots
+from weights_core.tensors import empty, named_tensors, nbytes
 from weights_core.weightset import Target, normalise
 from weights_transformers.blocks import Blocks
 from weights_transformers.collectives import Collectives
@@ -83,7 +83,7 @@ class DirectEngine(Engine):
         model, info = self._built(reader, weights.metas)
         weights.release(reader.cut)
         self.model = model
-        self._found = {name: _meta(name, place[key]) for place, name, key in slots(model)}
+        self._found = {name: _meta(name, tensor) for name, tensor in named_tensors(model).items()}
         kept = {
             *map(str, info["missing_keys"]),
             *(str(entry[0]) for entry in info.get("mismatched_keys", ())),
@@ -104,7 +104,7 @@ class DirectEngine(Engine):
         """
         if self._stored is None or self.model is None:
             return super().tensors(layout)
-        return {name: place[key] for place, name, key in slots(self.model)}
+        return named_tensors(self.model)
 
     def untouched(self) -> bool:
         """A model that could not be built leaves nothing behind."""

@@ -106,7 +106,8 @@ class Opening:
     def plain(self, dtype: str) -> DirectEngine:
         """Return the engine of a model whose weights are all used as they are stored, as `dtype`.
 
-        It is the quickest, and nobody can share with it. It says of itself what a traced one would.
+        It is the quickest, and nobody can share with it. It says that it takes and shares what a traced one
+        does, so that the plan shows who would take part.
         """
         info = attrs.evolve(
             self.info,
