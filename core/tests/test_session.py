@@ -726,6 +726,13 @@ def test_an_engine_that_says_other_things_of_itself_is_asked_for_once_more(check
     assert holds(model, tensors)
 
 
+def test_an_engine_that_is_chosen_has_its_own_checkpoint(tmp_path, checkpoint, model, tensors):
+    engine = w.TorchEngine(model, checkpoint=checkpoint)
+    report = w.load(Undecided(engine), tmp_path / "elsewhere", host=host_of())
+    assert report.checkpoint == checkpoint
+    assert holds(model, tensors)
+
+
 def test_an_engine_that_cannot_be_chosen_ends_the_load(checkpoint, calls, tensors):
     host = host_of(a=source(tensors, calls, "a"))
     with pytest.raises(errors.EngineError, match="cannot be built") as caught:

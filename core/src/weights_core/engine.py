@@ -45,7 +45,8 @@ class Engine(Protocol):
         """Return the engine to go on with, now that it is known who takes part; by default this one.
 
         For engines that take long to open, and need not always be opened whole. If what the other says
-        of itself differs from this one's `info`, plugins are asked once more.
+        of itself differs from this one's `info`, plugins are asked once more, and it is to serve the plan
+        that they make then, whatever that is.
         """
         del plan
         return self

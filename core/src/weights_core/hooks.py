@@ -278,7 +278,7 @@ class _Manager(pluggy.PluginManager):
 
 
 def _is_unmarked(plugin: object, name: str) -> bool:
-    """Whether a name is surely no hook's: a value, or a plain method without the mark."""
+    """Whether a name of an instance is surely no hook's: a value, or a plain method without the mark."""
     if name in getattr(plugin, "__dict__", ()):
         return False
     found = next((vars(cls)[name] for cls in type(plugin).__mro__ if name in vars(cls)), None)

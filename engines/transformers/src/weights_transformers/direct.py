@@ -13,12 +13,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage, dtypes
-from weights_core.errors import EngineError, WeightsError
+from weights_core.errors import EngineError
 from weights_core.tensors import empty, named_tensors, nbytes
-from weights_core.weightset import Target, normalise
+from weights_core.weightset import Slices, normalise
 from weights_transformers.blocks import Blocks
 from weights_transformers.collectives import Collectives
 from weights_transformers.ranks import Ranks
+from weights_transformers.stored import Stored
 from weights_transformers.trace import INITIALISED
 from weights_transformers.traced import Value, slices_of
 
@@ -45,7 +46,7 @@ class DirectEngine(Engine):
         """Describe a model that `build` makes of a state dict, spread over `ranks` if there are any.
 
         `block` is the size of the blocks that have a scale each, if there are such. What is `stored` as
-        this dtype will not be converted, cut or moved, so it is brought before the model is built; with
+        this dtype will not be converted, cut or moved, so it is brought many tensors at a time; with
         `map_files` it is used where it lies in the files, if it can be.
         """
         self.model: Any = None
@@ -79,7 +80,8 @@ class DirectEngine(Engine):
             EngineError: Transformers refuses, or leaves a tensor without memory.
             RanksDisagreeError: another rank has failed.
         """
-        reader = _Reader(weights, Blocks(self._block, weights.metas), self._brought(weights))
+        stored = Stored(weights, self._stored, map_files=self._map_files) if self._stored else None
+        reader = _Reader(weights, Blocks(self._block, weights.metas), stored)
         model, info = self._built(reader, weights.metas)
         weights.release(reader.cut)
         self.model = model
@@ -118,25 +120,6 @@ class DirectEngine(Engine):
         """Ask the other ranks, if there are any."""
         return [value] if self._ranks is None else self._ranks.gather(value, timeout)
 
-    def _brought(self, weights: WeightSet) -> dict[str, torch.Tensor]:
-        """Return what is used as it is stored: where it lies in the files, else in memory of its own."""
-        metas = weights.metas
-        wanted = [name for name, meta in metas.items() if meta.dtype == self._stored]
-        if not wanted:
-            return {}
-        found = dict(weights.mapped(wanted)) if self._map_files else {}
-        weights.release(found)
-        dtype = dtypes.to_torch(metas[wanted[0]].dtype)
-        targets = [
-            Target(name, empty(metas[name].torch_shape, dtype, offset=metas[name].offset))
-            for name in wanted
-            if name not in found
-        ]
-        for target in weights.fill(targets) if targets else ():
-            weights.release([target.name])
-            found[target.name] = target.out
-        return found
-
     def _built(self, reader: _Reader, metas: Mapping[str, TensorMeta]) -> tuple[Any, Mapping[str, Any]]:
         """Build, and raise what went wrong first: Transformers tells it in other words."""
         values = {name: Value(meta, reader.take) for name, meta in metas.items()}
@@ -161,44 +144,48 @@ class DirectEngine(Engine):
 
 
 class _Reader:
-    """Hands out what was brought, and reads the rest, one at a time whichever thread asks."""
+    """Reads values into memory of their own, or takes what is stored; one at a time whichever thread asks."""
 
-    def __init__(self, weights: WeightSet, blocks: Blocks, brought: dict[str, torch.Tensor]) -> None:
+    def __init__(self, weights: WeightSet, blocks: Blocks, stored: Stored | None) -> None:
         self.asked: set[str] = set()
         self.cut: set[str] = set()
         self.kept = 0
-        self.error: WeightsError | None = None
+        self.error: Exception | None = None
         self.blocks = blocks
         self._weights = weights
-        self._brought = brought
+        self._stored = stored
         self._lock = threading.Lock()
 
     def take(self, meta: TensorMeta, index: Any) -> torch.Tensor:
         slices = slices_of(index)
-        brought = self._brought.pop(meta.name, None) if slices == () else None
-        if brought is not None:
-            self.asked.add(meta.name)
-            self.kept += brought.nbytes
-            return brought
         ranges = normalise(slices or None, meta.torch_shape)
-        shape = tuple(len(chosen) for chosen in ranges)
-        is_whole = shape == meta.torch_shape
-        out = empty(shape, dtypes.to_torch(meta.dtype), offset=meta.offset if is_whole else None)
         with self._lock:
+            if self.error is not None:  # Transformers goes on with the next
+                raise self.error
             try:
-                self.blocks.note(meta.name, ranges)
-                self._weights.read_into(meta.name, out, None if is_whole else slices)
-            except WeightsError as exc:
-                self.error = self.error or exc
+                if slices == () and self._stored is not None and meta.name in self._stored:
+                    out = self._stored.take(meta.name)
+                else:
+                    out = self._read(meta, slices, ranges)
+            except Exception as exc:
+                self.error = exc
                 raise
             self.asked.add(meta.name)
             self.kept += out.nbytes
-            if is_whole:
-                self._weights.release([meta.name])
-                self.cut.discard(meta.name)
-            else:
-                self.cut.add(meta.name)
         return out if slices is not None else out[index]
+
+    def _read(self, meta: TensorMeta, slices: Slices | None, ranges: tuple[range, ...]) -> torch.Tensor:
+        shape = tuple(len(chosen) for chosen in ranges)
+        is_whole = shape == meta.torch_shape
+        out = empty(shape, dtypes.to_torch(meta.dtype), offset=meta.offset if is_whole else None)
+        self.blocks.note(meta.name, ranges)
+        self._weights.read_into(meta.name, out, None if is_whole else slices)
+        if is_whole:
+            self._weights.release([meta.name])
+            self.cut.discard(meta.name)
+        else:
+            self.cut.add(meta.name)
+        return out
 
 
 def _bare(model: Any) -> EngineError | None:

@@ -12,6 +12,8 @@ from weights_core import Applied, Engine, EngineInfo, Layout, Plan, TensorMeta, 
 from weights_core.errors import EngineError
 
 if TYPE_CHECKING:
+    from weights_transformers.direct import DirectEngine
+    from weights_transformers.engine import TransformersEngine
     from weights_transformers.opening import Opening
 
 
@@ -26,20 +28,18 @@ class Undecided(Engine):
         """Choose for `opening`, whose weights are stored as `dtype`."""
         self._opening = opening
         self._dtype = dtype
-        self.chosen: Any = opening.plain(dtype)
+        self.chosen: DirectEngine | TransformersEngine = opening.plain(dtype)
 
     @property
     def info(self) -> EngineInfo:
-        """The plain engine's."""
-        info: EngineInfo = self.chosen.info
-        return info
+        """That of the engine chosen so far."""
+        return self.chosen.info
 
     def planned(self, plan: Plan) -> Engine:
         """Choose the plain engine if all that takes part are sources of the checkpoint."""
         if plan.publishers or plan.layouts - {Layout.CHECKPOINT}:
             self.chosen = self._opening.engine()
-        engine: Engine = self.chosen
-        return engine
+        return self.chosen
 
     def expected(self, layout: Layout) -> Mapping[str, TensorMeta]:
         """Return nothing: that is not known yet."""
@@ -65,7 +65,8 @@ def stored_as_needed(cls: Any, settings: Any, arguments: Mapping[str, Any]) -> s
     if cls.__name__ not in (getattr(settings, "architectures", None) or ()) or settings.sub_configs:
         return None
     stored = getattr(settings, "dtype", None)
-    wanted = arguments.get("dtype", arguments.get("torch_dtype"))
+    wanted = arguments.get("dtype")
+    wanted = arguments.get("torch_dtype") if wanted is None else wanted
     named = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     if not isinstance(stored, torch.dtype) or (wanted not in (None, "auto") and named != stored):
         return None
