@@ -99,13 +99,10 @@ def load(
         host=host,
         arguments=kwargs,
     )
-    if found.dtype is None:
-        engine: Any = found.engine()
-        report = w.load(engine, path, format, config, host=host, timeout=timeout)
-        return Loaded(engine.model, report)
-    undecided = Undecided(found, found.dtype)
-    report = w.load(undecided, path, format, config, host=host, timeout=timeout)
-    return Loaded(undecided.chosen.model, report)
+    dtype = found.dtype
+    engine = found.engine() if dtype is None else Undecided(found, dtype)
+    report = w.load(engine, path, format, config, host=host, timeout=timeout)
+    return Loaded(engine.model, report)
 
 
 def open_engine(

@@ -27,13 +27,17 @@ class Undecided(Engine):
     def __init__(self, opening: Opening, dtype: str) -> None:
         """Choose for `opening`, whose weights are stored as `dtype`."""
         self._opening = opening
-        self._dtype = dtype
         self.chosen: DirectEngine | TransformersEngine = opening.plain(dtype)
 
     @property
     def info(self) -> EngineInfo:
         """That of the engine chosen so far."""
         return self.chosen.info
+
+    @property
+    def model(self) -> Any:
+        """That of the engine chosen, once it is loaded."""
+        return self.chosen.model
 
     def planned(self, plan: Plan) -> Engine:
         """Choose the plain engine if all that takes part are sources of the checkpoint."""
