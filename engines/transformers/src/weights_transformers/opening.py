@@ -24,6 +24,7 @@ from weights_transformers.direct import DirectEngine
 from weights_transformers.engine import SHAREABLE, TransformersEngine
 from weights_transformers.plain import stored_as_needed
 from weights_transformers.ranks import Ranks, opened_together, ranks_of
+from weights_transformers.straight import straight
 from weights_transformers.trace import UntraceableError, refused, trace
 
 log = logging.getLogger("weights.transformers")
@@ -119,14 +120,14 @@ class Opening:
 
     def _build_in_one_thread(self, values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         with in_one_thread():
-            return self._build(values)
+            return self._build(values, straight(self.opened.cls))
 
-    def _build(self, values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    def _build(self, values: dict[str, Any], cls: Any = None) -> tuple[Any, Mapping[str, Any]]:
         opened = self.opened
         state = torch.get_rng_state()
         try:
             with ALONE:
-                model, info = opened.cls.from_pretrained(
+                model, info = (cls or opened.cls).from_pretrained(
                     None,
                     config=opened.settings,
                     state_dict=values,

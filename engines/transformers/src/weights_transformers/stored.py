@@ -25,7 +25,7 @@ class Stored:
     def __init__(self, weights: WeightSet, dtype: str, *, map_files: bool) -> None:
         """Prepare to bring those of `weights` that are stored as `dtype`, mapped if they may be."""
         names = [name for name, meta in weights.metas.items() if meta.dtype == dtype]
-        self._names = sorted(names, key=_natural)
+        self._names = sorted(names, key=natural)
         self._position = {name: index for index, name in enumerate(self._names)}
         self._weights = weights
         self._map_files = map_files
@@ -71,6 +71,6 @@ class Stored:
         return found
 
 
-def _natural(name: str) -> list[str | int]:
+def natural(name: str) -> list[str | int]:
     """Return a key that sorts numbers in names by their value, as Transformers does."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
