@@ -5,25 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch.distributed.tensor import DTensor
 
-from weights_core import Applied, Engine, EngineInfo, Layout, TensorMeta, WeightSet, coverage, dtypes
+from weights_core import Applied, Engine, EngineInfo, Layout, Target, TensorMeta, WeightSet, coverage, dtypes
 from weights_core.errors import EngineError
 from weights_core.tensors import empty, named_tensors, nbytes
 from weights_core.weightset import Slices, normalise
 from weights_transformers.blocks import Blocks
 from weights_transformers.collectives import Collectives
 from weights_transformers.ranks import Ranks
-from weights_transformers.stored import Stored
+from weights_transformers.straight import Bring
 from weights_transformers.trace import INITIALISED
 from weights_transformers.traced import Value, slices_of
 
-Build = Callable[[dict[str, Any]], tuple[Any, Mapping[str, Any]]]
+Build = Callable[[dict[str, Any], Bring], tuple[Any, Mapping[str, Any]]]
 
 
 class DirectEngine(Engine):
@@ -40,21 +40,20 @@ class DirectEngine(Engine):
         ranks: Ranks | None = None,
         block: Sequence[int] | None = None,
         *,
-        stored: str | None = None,
+        is_plain: bool = False,
         map_files: bool = True,
     ) -> None:
         """Describe a model that `build` makes of a state dict, spread over `ranks` if there are any.
 
-        `block` is the size of the blocks that have a scale each, if there are such. What is `stored` as
-        this dtype will not be converted, cut or moved, so it is brought many tensors at a time; with
-        `map_files` it is used where it lies in the files, if it can be.
+        `block` is the size of the blocks that have a scale each, if there are such. A model that `is_plain`
+        has the tensors of the checkpoint: with `map_files` where they lie in the files, if that can be.
         """
         self.model: Any = None
         self._build = build
         self._info = info if ranks is None else attrs.evolve(info, topology=ranks.topology)
         self._ranks = ranks
         self._block = block if ranks is not None else None
-        self._stored = stored
+        self._is_plain = is_plain
         self._map_files = map_files
         self._found: dict[str, TensorMeta] = {}
 
@@ -80,8 +79,7 @@ class DirectEngine(Engine):
             EngineError: Transformers refuses, or leaves a tensor without memory.
             RanksDisagreeError: another rank has failed.
         """
-        stored = Stored(weights, self._stored, map_files=self._map_files) if self._stored else None
-        reader = _Reader(weights, Blocks(self._block, weights.metas), stored)
+        reader = _Reader(weights, Blocks(self._block, weights.metas), map_files=self._map_files)
         model, info = self._built(reader, weights.metas)
         weights.release(reader.cut)
         self.model = model
@@ -104,7 +102,7 @@ class DirectEngine(Engine):
         Raises:
             EngineError: Transformers may have made something else of the weights.
         """
-        if self._stored is None or self.model is None:
+        if not self._is_plain or self.model is None:
             return super().tensors(layout)
         return named_tensors(self.model)
 
@@ -126,7 +124,7 @@ class DirectEngine(Engine):
         calls = None if self._ranks is None else Collectives(self._ranks)
         try:
             with calls or contextlib.nullcontext():
-                built = self._build(values)
+                built = self._build(values, reader.bring)
             found = (calls.error if calls is not None else None) or reader.blocks.fault() or _bare(built[0])
             if found is not None:  # Transformers has not noticed
                 raise found
@@ -144,16 +142,16 @@ class DirectEngine(Engine):
 
 
 class _Reader:
-    """Reads values into memory of their own, or takes what is stored; one at a time whichever thread asks."""
+    """Reads values into memory of their own, one at a time whichever thread asks; or brings many."""
 
-    def __init__(self, weights: WeightSet, blocks: Blocks, stored: Stored | None) -> None:
+    def __init__(self, weights: WeightSet, blocks: Blocks, *, map_files: bool) -> None:
         self.asked: set[str] = set()
         self.cut: set[str] = set()
         self.kept = 0
         self.error: Exception | None = None
         self.blocks = blocks
         self._weights = weights
-        self._stored = stored
+        self._map_files = map_files
         self._lock = threading.Lock()
 
     def take(self, meta: TensorMeta, index: Any) -> torch.Tensor:
@@ -163,16 +161,39 @@ class _Reader:
             if self.error is not None:  # Transformers goes on with the next
                 raise self.error
             try:
-                if slices == () and self._stored is not None and meta.name in self._stored:
-                    out = self._stored.take(meta.name)
-                else:
-                    out = self._read(meta, slices, ranges)
+                out = self._read(meta, slices, ranges)
             except Exception as exc:
                 self.error = exc
                 raise
             self.asked.add(meta.name)
             self.kept += out.nbytes
         return out if slices is not None else out[index]
+
+    def bring(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors, mapped if they may be, else filled by as many threads as the source has."""
+        try:
+            for name, tensor in self._brought(names):
+                self.asked.add(name)
+                self.kept += tensor.nbytes
+                yield name, tensor
+            self._weights.release(names)
+        except Exception as exc:
+            self.error = exc
+            raise
+
+    def _brought(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        left = dict.fromkeys(names)
+        if self._map_files:
+            for name, tensor in self._weights.mapped(names):
+                del left[name]
+                yield name, tensor
+        metas = (self._weights.meta(name) for name in left)
+        targets = [
+            Target(meta.name, empty(meta.torch_shape, dtypes.to_torch(meta.dtype), offset=meta.offset))
+            for meta in metas
+        ]
+        for target in self._weights.fill(targets) if targets else ():
+            yield target.name, target.out
 
     def _read(self, meta: TensorMeta, slices: Slices | None, ranges: tuple[range, ...]) -> torch.Tensor:
         shape = tuple(len(chosen) for chosen in ranges)

@@ -24,7 +24,7 @@ from weights_transformers.direct import DirectEngine
 from weights_transformers.engine import SHAREABLE, TransformersEngine
 from weights_transformers.plain import stored_as_needed
 from weights_transformers.ranks import Ranks, opened_together, ranks_of
-from weights_transformers.straight import straight
+from weights_transformers.straight import Bring, straight
 from weights_transformers.trace import UntraceableError, refused, trace
 
 log = logging.getLogger("weights.transformers")
@@ -116,24 +116,28 @@ class Opening:
             accepts={w.Layout.CHECKPOINT, w.Layout.SHARDED},
             shareable={w.Layout.SHARDED: SHAREABLE},
         )
-        return DirectEngine(self._build_in_one_thread, info, stored=dtype, map_files=self.map_files)
+        return DirectEngine(self._build_straight, info, is_plain=True, map_files=self.map_files)
 
-    def _build_in_one_thread(self, values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    def _build_straight(self, values: dict[str, Any], bring: Bring) -> tuple[Any, Mapping[str, Any]]:
         with in_one_thread():
-            return self._build(values, straight(self.opened.cls))
+            return self._from_pretrained(straight(self.opened.cls, bring), values)
 
-    def _build(self, values: dict[str, Any], cls: Any = None) -> tuple[Any, Mapping[str, Any]]:
+    def _build(self, values: dict[str, Any], bring: Bring) -> tuple[Any, Mapping[str, Any]]:
+        del bring  # Transformers makes something else of each
+        with ALONE:
+            return self._from_pretrained(self.opened.cls, values)
+
+    def _from_pretrained(self, cls: Any, values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         opened = self.opened
         state = torch.get_rng_state()
         try:
-            with ALONE:
-                model, info = (cls or opened.cls).from_pretrained(
-                    None,
-                    config=opened.settings,
-                    state_dict=values,
-                    output_loading_info=True,
-                    **opened.arguments,
-                )
+            model, info = cls.from_pretrained(
+                None,
+                config=opened.settings,
+                state_dict=values,
+                output_loading_info=True,
+                **opened.arguments,
+            )
         except Exception as exc:  # Transformers may raise anything
             torch.set_rng_state(state)
             raise refused(opened.cls, exc) from exc

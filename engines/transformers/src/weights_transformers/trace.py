@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,6 +23,7 @@ from weights_core.errors import EngineError
 from weights_core.tensors import slots
 from weights_transformers.alone import in_one_thread
 from weights_transformers.recipes import Held, Recipe, leaves
+from weights_transformers.straight import straight
 from weights_transformers.traced import Tracer, values
 
 if TYPE_CHECKING:
@@ -97,10 +98,15 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
     tracer = Tracer()
     state = torch.get_rng_state()
     is_elsewhere = arguments.keys() & {"device_map", "distributed_config"}
+    made = values(metas, tracer)
+
+    def bring(names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, made[name][...]) for name in names)
+
     try:
         with in_one_thread(), NothingReserved() if is_elsewhere else contextlib.nullcontext():
-            model, info = cls.from_pretrained(
-                None, config=config, state_dict=values(metas, tracer), output_loading_info=True, **arguments
+            model, info = straight(cls, bring).from_pretrained(
+                None, config=config, state_dict=made, output_loading_info=True, **arguments
             )
         if tracer.lost is not None:  # Transformers went on without it
             raise tracer.lost
