@@ -62,7 +62,7 @@ def test_an_error_of_the_source_is_not_told_in_other_words(fp8, monkeypatch):
 def test_a_model_that_is_left_without_memory_is_refused(saved):
     """As where two threads call `from_pretrained` at once: a tied head stays on meta."""
 
-    def build(values):
+    def build(values, bring):
         model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=values)
         model.lm_head.to("meta")
         return model, {"missing_keys": ()}

@@ -84,17 +84,26 @@ _ELSEWHERE = ("local_files_only", *REFUSED)
 
 def check_version(package: str) -> str:
     """Return the installed version; warn if this adapter was not tested with it."""
-    version: str = importlib.import_module(package).__version__  # its metadata takes longer to read
-    first, end = TESTED[package]
-    parts = tuple(map(int, re.findall(r"\d+", version)[:2]))
-    if not first <= parts < end:
-        names = [".".join(map(str, one)) for one in (first, end)]
+    version = _version(package)
+    if not is_tested(package):
+        names = [".".join(map(str, one)) for one in TESTED[package]]
         log.warning(
             "%s %s is installed; weights-transformers is tested with %s up to, not including, %s",
             package,
             version,
             *names,
         )
+    return version
+
+
+def is_tested(package: str) -> bool:
+    """Whether this adapter was tested with the installed version."""
+    first, end = TESTED[package]
+    return first <= tuple(map(int, re.findall(r"\d+", _version(package))[:2])) < end
+
+
+def _version(package: str) -> str:
+    version: str = importlib.import_module(package).__version__  # its metadata takes longer to read
     return version
 
 

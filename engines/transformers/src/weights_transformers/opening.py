@@ -24,7 +24,7 @@ from weights_transformers.direct import DirectEngine
 from weights_transformers.engine import SHAREABLE, TransformersEngine
 from weights_transformers.plain import stored_as_needed
 from weights_transformers.ranks import Ranks, opened_together, ranks_of
-from weights_transformers.straight import Bring, straight
+from weights_transformers.straight import Bring, is_possible, straight
 from weights_transformers.trace import UntraceableError, refused, trace
 
 log = logging.getLogger("weights.transformers")
@@ -75,6 +75,8 @@ class Opening:
         """What every weight is stored as if none is converted, or None if that is not certain."""
         opened = self.opened
         if self.ranks is not None or self.info.device != "cpu" or opened.quantization is not None:
+            return None
+        if not is_possible(opened.cls):
             return None
         return stored_as_needed(opened.cls, opened.settings, opened.arguments)
 

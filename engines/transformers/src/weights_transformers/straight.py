@@ -7,6 +7,7 @@ in memory already, that takes half of the load.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from weights_core.tensors import slots
+from weights_transformers.arguments import is_tested
 
 Bring: TypeAlias = Callable[[Collection[str]], Iterator[tuple[str, torch.Tensor]]]
 """Yields the tensors of some names, whole, in the order that is best for their source."""
@@ -22,17 +24,22 @@ Slot: TypeAlias = tuple[dict[str, Any], str]
 """Where a tensor hangs: a module's dict, and the key there."""
 
 
+def is_possible(cls: Any) -> bool:
+    """Whether it is known how `cls` goes on once the model is made: not of versions that were not tested."""
+    from transformers import PreTrainedModel
+
+    return is_tested("transformers") and cls._load_pretrained_model is PreTrainedModel._load_pretrained_model
+
+
 def straight(cls: Any, bring: Bring) -> Any:
     """Return a class to call `from_pretrained` of, which makes a `cls` and has it filled by `bring`.
 
     That is done where `from_pretrained` has made the model and goes on to the state dict; what is left of
-    that goes to the method that is stood in for. Of a class with a method of its own for that, it is `cls`.
+    that goes to the method that is stood in for. It is `cls` itself where that is not possible.
     """
-    from transformers import PreTrainedModel
-
-    theirs = PreTrainedModel._load_pretrained_model
-    if cls._load_pretrained_model is not theirs:
+    if not is_possible(cls):
         return cls
+    theirs = cls._load_pretrained_model
 
     def make(_: type, *args: Any, **kwargs: Any) -> Any:
         return cls(*args, **kwargs)
@@ -42,7 +49,8 @@ def straight(cls: Any, bring: Bring) -> Any:
         for source, tensor in bring(fitting.keys()):
             _place(tensor, *fitting[source][1])
         rest = {name: value for name, value in state.items() if name not in fitting}
-        info, offloaded = theirs(model, rest, files, how)
+        with contextlib.nullcontext() if rest else _without_bar():
+            info, offloaded = theirs(model, rest, files, how)
         info.missing_keys.difference_update(target for target, _ in fitting.values())
         return info, offloaded
 
@@ -52,7 +60,7 @@ def straight(cls: Any, bring: Bring) -> Any:
 
 
 def _fitting(model: Any, state: Mapping[str, Any], how: Any) -> dict[str, tuple[str, Slot]]:
-    """Return which values are all that a tensor of the model is made of, and are as it is; its name, and slot."""
+    """Return which values each are all that a tensor of the model is made of, as it is; its name and slot."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     if how.dtype_plan or how.hf_quantizer is not None or how.device_mesh is not None:
@@ -83,8 +91,24 @@ def _is_alike(ref: torch.Tensor, value: Any) -> bool:
     return is_plain and ref.shape == value.shape and ref.dtype == value.dtype
 
 
+@torch.no_grad()
 def _place(tensor: torch.Tensor, place: dict[str, Any], key: str) -> None:
     if isinstance(place[key], nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # else Transformers initialises it
     place[key] = tensor
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Have Transformers show no progress of nothing."""
+    from transformers.utils import logging
+
+    def hidden(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return factory(*args, **kwargs | {"disable": True})
+
+    before = logging.set_tqdm_hook(hidden)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
