@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model takes unchanged is put straight into it; the rest is left to Transformers."""
 
-import gc
+import functools
+import threading
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def left(mocker):
     theirs = PreTrainedModel._load_pretrained_model
     calls = []
 
+    @functools.wraps(theirs)
     def load(model, state, *more):
         if state is not None:
             calls.append(sorted(state))
@@ -64,8 +66,6 @@ def test_nothing_is_left_of_a_model_that_is_as_its_checkpoint(saved, left, capsy
     ours = check(saved("llama"))
     assert left[-1] == []
     assert type(ours) is LlamaForCausalLM
-    del ours
-    gc.collect()
     assert LlamaForCausalLM not in (
         base for sub in LlamaForCausalLM.__subclasses__() for base in sub.__bases__
     )
@@ -128,9 +128,50 @@ def test_a_class_with_a_method_of_its_own_is_left_alone(saved, left):
 
     assert is_possible(LlamaForCausalLM)
     assert not is_possible(Own)
-    assert straight(Own, iter) is Own
     assert isinstance(from_pretrained(Own, saved("llama")), Own)
     assert left[-1]
+
+
+def test_a_class_sees_nothing_but_itself(saved):
+    seen = []
+
+    class Registering(LlamaForCausalLM):
+        def __init_subclass__(cls, **kwargs):
+            raise TypeError("final")
+
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            seen.append(cls)
+            return super().from_pretrained(*args, **kwargs)
+
+    assert is_possible(Registering)
+    assert type(from_pretrained(Registering, saved("llama"))) is Registering
+    assert seen == [Registering]
+
+
+def test_a_module_is_told_what_it_gets(saved, monkeypatch):
+    class Watching(torch.nn.Linear):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "weight":
+                object.__setattr__(self, "alias", value)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.nn.Linear", Watching)
+    head = from_pretrained(LlamaForCausalLM, saved("llama")).lm_head
+    assert head.alias is head.weight
+
+
+def test_loads_of_others_meanwhile_are_theirs(saved, left):
+    """The class has a method of ours for as long as it lasts, in all threads."""
+    path, ours = saved("llama"), {"lm_head.weight": None}
+    models = []
+    with straight(LlamaForCausalLM, ours, iter):
+        thread = threading.Thread(target=lambda: models.append(LlamaForCausalLM.from_pretrained(path)))
+        thread.start()
+        thread.join()
+        assert is_possible(LlamaForCausalLM)
+    state = LlamaForCausalLM.from_pretrained(path).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in models[0].state_dict().items())
 
 
 def test_of_another_version_it_is_not_known(saved, left, monkeypatch, mocker):

@@ -121,19 +121,19 @@ class Opening:
         return DirectEngine(self._build_straight, info, is_plain=True, map_files=self.map_files)
 
     def _build_straight(self, values: dict[str, Any], bring: Bring) -> tuple[Any, Mapping[str, Any]]:
-        with in_one_thread():
-            return self._from_pretrained(straight(self.opened.cls, bring), values)
+        with in_one_thread(), straight(self.opened.cls, values, bring):
+            return self._from_pretrained(values)
 
     def _build(self, values: dict[str, Any], bring: Bring) -> tuple[Any, Mapping[str, Any]]:
         del bring  # Transformers makes something else of each
         with ALONE:
-            return self._from_pretrained(self.opened.cls, values)
+            return self._from_pretrained(values)
 
-    def _from_pretrained(self, cls: Any, values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    def _from_pretrained(self, values: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         opened = self.opened
         state = torch.get_rng_state()
         try:
-            model, info = cls.from_pretrained(
+            model, info = opened.cls.from_pretrained(
                 None,
                 config=opened.settings,
                 state_dict=values,

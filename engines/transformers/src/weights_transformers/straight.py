@@ -15,93 +15,110 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from weights_core.tensors import slots
 from weights_transformers.arguments import is_tested
 
 Bring: TypeAlias = Callable[[Collection[str]], Iterator[tuple[str, torch.Tensor]]]
 """Yields the tensors of some names, whole, in the order that is best for their source."""
-Slot: TypeAlias = tuple[dict[str, Any], str]
-"""Where a tensor hangs: a module's dict, and the key there."""
 
 
 def is_possible(cls: Any) -> bool:
-    """Whether it is known how `cls` goes on once the model is made: not of versions that were not tested."""
+    """Whether `cls` takes a state dict as Transformers does, in a version that was tested."""
     from transformers import PreTrainedModel
 
-    return is_tested("transformers") and cls._load_pretrained_model is PreTrainedModel._load_pretrained_model
+    method = cls._load_pretrained_model
+    return is_tested("transformers") and method.__module__ in (PreTrainedModel.__module__, __name__)
 
 
-def straight(cls: Any, bring: Bring) -> Any:
-    """Return a class to call `from_pretrained` of, which makes a `cls` and has it filled by `bring`.
+@contextlib.contextmanager
+def straight(cls: Any, values: Mapping[str, Any], bring: Bring) -> Iterator[None]:
+    """Have `cls.from_pretrained(state_dict=values)` fill the model by `bring` as far as can be.
 
-    That is done where `from_pretrained` has made the model and goes on to the state dict; what is left of
-    that goes to the method that is stood in for. It is `cls` itself where that is not possible.
+    While the block lasts, `cls` has a method of ours for the step that follows when the model is made. It
+    gives what is left of `values`, and the state dicts of others, to Transformers' own. Does nothing where
+    that is not possible. To be used by one thread at a time.
     """
     if not is_possible(cls):
-        return cls
+        yield
+        return
     theirs = cls._load_pretrained_model
 
-    def make(_: type, *args: Any, **kwargs: Any) -> Any:
-        return cls(*args, **kwargs)
-
-    def load(model: Any, state: Mapping[str, Any], files: Any, how: Any) -> Any:
-        fitting = _fitting(model, state, how)
+    def load(model: Any, state: Any, files: Any, how: Any) -> Any:
+        if state is not values:
+            return theirs(model, state, files, how)
+        fitting = _fitting(model, values, how)
         for source, tensor in bring(fitting.keys()):
-            _place(tensor, *fitting[source][1])
-        rest = {name: value for name, value in state.items() if name not in fitting}
+            _place(model, fitting[source], tensor)
+        rest = {name: value for name, value in values.items() if name not in fitting}
         with contextlib.nullcontext() if rest else _without_bar():
             info, offloaded = theirs(model, rest, files, how)
-        info.missing_keys.difference_update(target for target, _ in fitting.values())
+        info.missing_keys.difference_update(fitting.values())
         return info, offloaded
 
-    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    own = {"__new__": make, "_load_pretrained_model": staticmethod(load)}
-    return type(cls)(cls.__name__, (cls,), named | own)
+    cls._load_pretrained_model = staticmethod(load)
+    try:
+        yield
+    finally:
+        del cls._load_pretrained_model
 
 
-def _fitting(model: Any, state: Mapping[str, Any], how: Any) -> dict[str, tuple[str, Slot]]:
-    """Return which values each are all that a tensor of the model is made of, as it is; its name and slot."""
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+def _fitting(model: Any, values: Mapping[str, Any], how: Any) -> dict[str, str]:
+    """Return the names in the model of those values that are all that a tensor is made of, as it is.
 
+    Names are found as at the beginning of Transformers' `convert_and_load_state_dict_in_model`.
+    """
+    from transformers.core_model_loading import (
+        GroupWeightRename,
+        WeightConverter,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = how.weight_mapping or ()
+    if any(isinstance(one, GroupWeightRename) for one in mapping):  # what it does depends on what it has done
+        return {}
     if how.dtype_plan or how.hf_quantizer is not None or how.device_mesh is not None:
         return {}
-    mapping = how.weight_mapping or ()
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
-    known: dict[str, Slot] = {name: (place, key) for place, name, key in slots(model)}
-    refs = {name: place[key] for name, (place, key) in known.items()}
+    held = model.state_dict()
     rename = functools.partial(
-        rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=refs
+        rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=held
     )
-    sources: dict[str, list[str | None]] = {}
-    for name in state:
+    sources: dict[str, list[str]] = {}
+    converted: set[str] = set()
+    for name in sorted(values, key=dot_natural_key):
         target, pattern = rename(name, renamings, converters)
-        if target not in refs and name in refs:
+        if target not in held and name in held:
             target, pattern = rename(name, [], [])
-        sources.setdefault(target, []).append(None if pattern else name)
+        sources.setdefault(target, []).append(name)
+        if pattern is not None:
+            converted.add(target)
     return {
-        source: (target, known[target])
-        for target, (source, *others) in sources.items()
-        if source is not None and not others and target in refs and _is_alike(refs[target], state[source])
+        names[0]: target
+        for target, names in sources.items()
+        if len(names) == 1 and target not in converted and _is_alike(held.get(target), values[names[0]])
     }
 
 
-def _is_alike(ref: torch.Tensor, value: Any) -> bool:
-    is_plain = type(ref) in (nn.Parameter, torch.Tensor) and ref.is_meta
-    return is_plain and ref.shape == value.shape and ref.dtype == value.dtype
+def _is_alike(held: Any, value: Any) -> bool:
+    is_plain = type(held) is torch.Tensor and held.is_meta
+    return is_plain and held.shape == value.shape and held.dtype == value.dtype
 
 
 @torch.no_grad()
-def _place(tensor: torch.Tensor, place: dict[str, Any], key: str) -> None:
-    if isinstance(place[key], nn.Parameter):
+def _place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor where Transformers' `set_param_for_module` does, as it does."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if key not in module._buffers:
         tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # else Transformers initialises it
-    place[key] = tensor
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # else it is initialised
+    setattr(module, key, tensor)
 
 
 @contextlib.contextmanager
 def _without_bar() -> Iterator[None]:
-    """Have Transformers show no progress of nothing."""
+    """Have Transformers show no progress of nothing; the hook is the process's."""
     from transformers.utils import logging
 
     def hidden(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -104,8 +104,9 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
         return ((name, made[name][...]) for name in names)
 
     try:
-        with in_one_thread(), NothingReserved() if is_elsewhere else contextlib.nullcontext():
-            model, info = straight(cls, bring).from_pretrained(
+        reserved = NothingReserved() if is_elsewhere else contextlib.nullcontext()
+        with in_one_thread(), straight(cls, made, bring), reserved:
+            model, info = cls.from_pretrained(
                 None, config=config, state_dict=made, output_loading_info=True, **arguments
             )
         if tracer.lost is not None:  # Transformers went on without it
