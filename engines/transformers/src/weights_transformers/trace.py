@@ -98,12 +98,12 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
     tracer = Tracer()
     state = torch.get_rng_state()
     is_elsewhere = arguments.keys() & {"device_map", "distributed_config"}
-    made = values(metas, tracer)
-
-    def bring(names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, made[name][...]) for name in names)
-
     try:
+        made = values(metas, tracer)
+
+        def bring(names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+            return ((name, made[name][...]) for name in names)
+
         reserved = NothingReserved() if is_elsewhere else contextlib.nullcontext()
         with in_one_thread(), straight(cls, made, bring), reserved:
             model, info = cls.from_pretrained(
