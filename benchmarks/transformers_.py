@@ -10,11 +10,14 @@ The checkpoint is made here from a configuration, of random numbers. Every load 
 own, which has loaded a tiny model both ways before; ways and rounds are shuffled. `loaded` is until the
 call returns, `usable` until every page has been touched once: on the CPU `from_pretrained` returns views
 of files that are mapped, and has read next to nothing by then. Cold: the files are dropped from the
-page cache before. On the CPU most of the free memory is touched right before the load: a virtual machine may
-get it from its host page by page, at the first touch (seen: 4 s per GiB, and again for what was free for some
-seconds), which would be counted for whoever is given those pages. Host peak is of resident memory
-over that at the start, less the model if it is on the CPU; it counts pages of mapped files as the kernel
-does. Device peak is of all that was in use.
+page cache before. Host peak is of resident memory over that at the start, less the model if it is on the
+CPU; it counts pages of mapped files as the kernel does. Device peak is of all that was in use.
+
+    python benchmarks/transformers_.py --touch                             in a virtual machine, to the CPU
+
+A virtual machine may get its memory from its host at the first touch, page by page (seen: 4 s per GiB, and
+again for what was free for some seconds), which is counted for whoever is given those pages. `--touch` has
+memory that is free touched right before each load, and holds what no load needs.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--warm-only", action="store_true")
+    parser.add_argument("--touch", action="store_true", help="of a virtual machine: have free memory at hand")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--one", nargs=2, metavar=("WAY", "SOCKET"), help=argparse.SUPPRESS)
     parser.add_argument("--hold", action="store_true", help=argparse.SUPPRESS)
@@ -79,6 +83,7 @@ def main() -> None:
         print(f"{size / 2**30:.2f} GiB in {len(list(path.glob('*.safetensors')))} files, to {given.device}")
         time.sleep(0.2)  # a digest is kept of files that have settled
         print(f"digest, kept for gms: {content_digest(find(path)).seconds:.2f} s")
+        held = touched(free() - 3 * size - 3 * 2**30) if given.touch else None
         ways = [way for way in WAYS if way in given.ways.split(",")]
         found: dict[tuple[str, str], list[dict[str, float]]] = {}
         for cache in ("warm",) if given.warm_only else ("cold", "warm"):
@@ -88,6 +93,8 @@ def main() -> None:
                     found.setdefault((cache, way), []).append(told)
                     print(f"  {cache}, {way}: {told['loaded']:.3f} s", flush=True)
         table(found)
+        if held is not None:
+            held.close()
 
 
 def table(found: dict[tuple[str, str], list[dict[str, float]]]) -> None:
@@ -232,6 +239,7 @@ def started(
     """Start the process of one load."""
     command = [sys.executable, __file__, "--one", way, socket, "--path", str(path), "--dir", str(folder)]
     command += ["--device", given.device, *(["--dtype", given.dtype] if given.dtype else []), *more]
+    command += ["--touch"] if given.touch else []
     environ = {**os.environ, "WEIGHTS_BLOCK": WAYS[way], "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
@@ -259,8 +267,8 @@ def one(given: argparse.Namespace, way: str, socket: str) -> None:
     if given.device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    else:
-        touch_free()
+    if given.touch:
+        touched(free() * 9 // 10).close()
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     with DevicePeak(given.device) as device:
@@ -304,13 +312,18 @@ def touch(model: Any) -> None:
         parameter.detach().reshape(-1).view(torch.uint8)[::4096].max().item()
 
 
-def touch_free() -> None:
-    """Touch nine tenths of the free memory, and give it back: still free, but no longer the host's."""
-    size = figure("/proc/meminfo", "MemFree") * 9 // 10
-    with mmap.mmap(-1, size) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, size, mmap.PAGESIZE):
-            memory[at] = 1
+def touched(size: int) -> mmap.mmap:
+    """Return memory that has been touched."""
+    memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    for at in range(0, len(memory), mmap.PAGESIZE):
+        memory[at] = 1
+    return memory
+
+
+def free() -> int:
+    """Return how many bytes of memory nobody uses, not for files either."""
+    return figure("/proc/meminfo", "MemFree")
 
 
 def figure(path: str, key: str) -> int:
