@@ -31,7 +31,7 @@ _VARIANT = re.compile(  # a stem, a variant, a shard's number before or behind t
     rf"(?P<stem>{'|'.join(_STEMS)})(-\d+-of-\d+)?(\.(?P<variant>[A-Za-z]\w*))?(-\d+-of-\d+)?"
 )
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)$")
-_HUB_ID = re.compile(r"(https?:/+[\w.-]+/|hf:/+)?(?P<id>[\w-][\w.-]*/[\w.-]+)(/tree/[^/]+)?/?")
+_HUB_ID = re.compile(r"(https?:/+[\w.-]+/|hf:/+)?(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(/tree/[^/]+)?/?")
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +60,7 @@ def find(path: Path, component: str | None = None, is_pipeline: bool | None = No
     Raises:
         CheckpointError: there is no checkpoint, it is incomplete or ambiguous; says what to do.
     """
-    _must_exist(path)
+    must_exist(path)
     if not _is_dir(path):
         return _from_file(path)
     root = _component_root(path, component, is_pipeline)
@@ -76,6 +76,22 @@ def find(path: Path, component: str | None = None, is_pipeline: bool | None = No
         + ("; GGUF is another format, convert it" if any(n.endswith(".gguf") for n in names) else ""),
         file=root,
     )
+
+
+def must_exist(path: Path) -> None:
+    """Do nothing if there is such a file or folder.
+
+    Raises:
+        CheckpointError: there is none; says how to download what may be a hub's name.
+    """
+    if _mode(path) is None:
+        hub_id = _HUB_ID.fullmatch(str(path))
+        if hub_id is not None:
+            raise CheckpointError(
+                f"{str(path)!r} is not here. If it is a hub id, download it first "
+                f"(`hf download {hub_id['id']} --local-dir DIR`) and give the folder"
+            )
+        raise CheckpointError("no such file or folder", file=path)
 
 
 def components(path: Path) -> tuple[str, ...]:
@@ -120,17 +136,6 @@ def disagreements(found: CheckpointFiles, held: Mapping[Path, Collection[str]]) 
             yield CheckpointError(f"the index places it in {place}", file=home[name], tensor=name)
     if not home and len(held) == len(found.files):
         yield CheckpointError("holds no tensor", file=found.root)
-
-
-def _must_exist(path: Path) -> None:
-    if _mode(path) is None:
-        hub_id = _HUB_ID.fullmatch(str(path))
-        if hub_id is not None:
-            raise CheckpointError(
-                f"{str(path)!r} is not here. If it is a hub id, download it first "
-                f"(`hf download {hub_id['id']} --local-dir DIR`) and give the folder"
-            )
-        raise CheckpointError("no such file or folder", file=path)
 
 
 def _mode(path: Path) -> int | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -128,13 +129,22 @@ class LoadReport:
             lines.append(
                 f"published {receipt.layout.value}, {receipt.nbytes / 1e6:,.1f} MB: {receipt.detail}"
             )
+        reasons: dict[str, list[str]] = {}
         for name, why in self.applied.defaulted.items():
-            lines.append(f"note: {name} was not loaded: {why}")
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            which = f"{names[0]} was" if len(names) == 1 else f"{len(names)} tensors were"
+            shown = "" if len(names) == 1 else f" ({_first(names)})"
+            lines.append(f"note: {which} not loaded: {why}{shown}")
         if self.applied.unused:
-            shown = ", ".join(self.applied.unused[:5]) + (", …" if len(self.applied.unused) > 5 else "")
-            lines.append(f"note: {len(self.applied.unused)} tensors of the checkpoint were not used: {shown}")
+            count, shown = len(self.applied.unused), _first(self.applied.unused)
+            lines.append(f"note: {count} tensors of the checkpoint were not used: {shown}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def render_decision(plugin: str, distribution: str, roles: frozenset[object], reason: str) -> str:

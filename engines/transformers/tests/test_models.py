@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from weights_core.errors import EngineError
-from weights_transformers import from_pretrained, load
+from weights_transformers import from_pretrained, load, open_engine
 
 MODELS = ["llama", "qwen3-tied", "mixtral"]
 FORMATS = ["disk", "parallel_shards", "auto"]
@@ -68,6 +68,42 @@ def test_another_dtype_than_the_checkpoints(saved, logits, name):
         ours = from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
         assert_same(ours, theirs)
         assert torch.equal(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("said", [None, "float16", "nonsense"])
+def test_what_no_configuration_says_the_dtype_of(saved, tmp_path, said):
+    """Some tensors are stored as float32, which comes first in a file; Transformers goes by names."""
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.float()
+    model.save_pretrained(tmp_path, max_shard_size="80KB" if said else "1GB")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if said is not None:
+        index = tmp_path / "model.safetensors.index.json"
+        parsed = json.loads(index.read_text())
+        index.write_text(json.dumps(parsed | {"metadata": {**parsed["metadata"], "dtype": said}}))
+    if said == "nonsense":
+        assert from_pretrained(AutoModelForCausalLM, tmp_path).dtype is torch.bfloat16
+        return
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype is (torch.float16 if said else torch.bfloat16)
+    for more in ({}, {"dtype": "auto"}, {"torch_dtype": "auto"}):
+        assert_same(from_pretrained(AutoModelForCausalLM, tmp_path, **more), theirs)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_what_is_loaded_in_inference_mode_can_be_trained(saved, dtype):
+    with torch.inference_mode():
+        model = from_pretrained(AutoModelForCausalLM, saved("llama"), dtype=dtype)
+        engine = open_engine(AutoModelForCausalLM, saved("llama"), dtype=dtype)
+    assert not [
+        p for p in (*model.parameters(), *model.buffers(), *engine.model.buffers()) if p.is_inference()
+    ]
+    ids = torch.arange(5)[None]
+    model(ids, labels=ids).loss.backward()
 
 
 LATENT = {

@@ -2,6 +2,7 @@
 """Pipelines of several components by one call, the same as diffusers loads them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -115,8 +116,6 @@ def test_an_old_vae_with_other_names(tmp_path):
 
 
 def test_what_is_missing_is_an_error(wan, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(wan, tmp_path / "wan")
@@ -128,6 +127,24 @@ def test_what_is_missing_is_an_error(wan, tmp_path):
         load_pipeline(DiffusionPipeline, tmp_path / "wan")
 
 
+@pytest.mark.parametrize("map_files", [True, False])
+def test_shapes_that_do_not_fit_are_an_error(wan, tmp_path, map_files):
+    """What is not the whole of a tensor would be served with what memory happens to hold."""
+    shutil.copytree(wan, tmp_path / "wan")
+    config = tmp_path / "wan" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"z_dim": 32}))
+    with pytest.raises(CoverageError, match=r"wan/vae does not fit its config\.json: .*weight is \[") as told:
+        load_pipeline(DiffusionPipeline, tmp_path / "wan", map_files=map_files)
+    assert "post_quant_conv.bias" in told.value.mismatched
+
+
+def test_a_component_without_a_configuration(wan, tmp_path):
+    shutil.copytree(wan, tmp_path / "wan")
+    (tmp_path / "wan" / "vae" / "config.json").unlink()
+    with pytest.raises(EngineError, match=r"component 'vae': diffusers cannot read .*wan/vae/config\.json"):
+        load_pipeline(DiffusionPipeline, tmp_path / "wan")
+
+
 def test_refusals(wan, saved, tmp_path):
     with pytest.raises(EngineError, match="'device_map' is not served"):
         load_pipeline(DiffusionPipeline, wan, device_map="balanced")
@@ -135,8 +152,12 @@ def test_refusals(wan, saved, tmp_path):
         load_pipeline(DiffusionPipeline, wan, dtype="bfloat16")
     with pytest.raises(EngineError, match="AutoModel is no pipeline class"):
         load_pipeline(AutoModel, wan)
-    with pytest.raises(CheckpointError, match="is no pipeline"):
+    with pytest.raises(CheckpointError, match=r"is no pipeline: it has no model_index\.json"):
         load_pipeline(DiffusionPipeline, saved("llama"))
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        load_pipeline(DiffusionPipeline, tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="hf download org/name"):
+        load_pipeline(DiffusionPipeline, "org/name")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     with pytest.raises(CheckpointError, match="is no pipeline"):
         load_pipeline(DiffusionPipeline, tmp_path)

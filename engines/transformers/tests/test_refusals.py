@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from weights_core import PluginHost
-from weights_core.errors import CheckpointError, EngineError, PluginConfigError
+from weights_core.errors import CheckpointError, CoverageError, EngineError, PluginConfigError
 from weights_presharded import shard
 from weights_transformers import arguments, from_pretrained
 
@@ -29,6 +30,7 @@ from weights_transformers import arguments, from_pretrained
 @pytest.mark.parametrize(
     ("given", "why"),
     [
+        ({"device": "cpu"}, "'device': name the device in device_map"),
         ({"device_map": "auto"}, "'device_map': 'auto' is not served; name one device"),
         ({"device_map": {"model": 0, "lm_head": "cpu"}}, "several devices"),
         ({"device_map": {"": "disk"}}, "'disk' is not served; name one device"),
@@ -96,11 +98,18 @@ def test_who_asks_for_safetensors_gets_no_others(saved, tmp_path):
         (LlamaConfig, "LlamaConfig is no"),
         (PreTrainedModel, "PreTrainedModel is the class of no model"),
         ("llama", "'llama' is no"),
+        (torch.nn.Linear(1, 1), "is no PyTorch model class of Transformers"),
     ],
 )
 def test_classes(saved, cls, why):
     with pytest.raises(EngineError, match=why):
         from_pretrained(cls, saved("llama"))
+
+
+def test_a_model_in_place_of_its_class(saved):
+    model = LlamaForCausalLM.from_pretrained(saved("llama"))
+    with pytest.raises(EngineError, match="give the class LlamaForCausalLM, not a model of it"):
+        from_pretrained(model, saved("llama"))
 
 
 def test_a_class_for_other_models(saved):
@@ -123,8 +132,28 @@ def test_settings_of_plugins(saved):
 def test_shapes_that_do_not_fit(saved):
     config = LlamaConfig.from_pretrained(saved("llama"))
     config.intermediate_size = 32
-    with pytest.raises(EngineError, match="Transformers refuses to load LlamaForCausalLM"):
+    with pytest.raises(CoverageError) as told:
         from_pretrained(LlamaForCausalLM, saved("llama"), model_config=config)
+    assert "model.layers.0.mlp.down_proj.weight is [64, 96], need [64, 32], " in str(told.value)
+    assert len(told.value.mismatched) == 9
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_checkpoint_of_which_nothing_is_the_models(saved, tmp_path, is_traced):
+    config = LlamaConfig.from_pretrained(saved("llama"))
+    config.architectures = ["OtherForCausalLM" if is_traced else "LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CoverageError, match=r"takes nothing of the checkpoint, which has 1 tensor: a\.weight"
+    ):
+        from_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+def test_one_of_several_files(saved):
+    first, *others = sorted(saved("llama").glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match=rf"is one of {1 + len(others)} files: give their folder"):
+        from_pretrained(AutoModelForCausalLM, first)
 
 
 def test_shapes_that_are_to_be_ignored(saved):
@@ -153,8 +182,9 @@ def test_no_checkpoint_and_no_configuration(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing-like-it"}))
     with pytest.raises(EngineError, match="nothing-like-it"):
         from_pretrained(AutoModel, tmp_path)
-    with pytest.raises(CheckpointError, match="hub"):
-        from_pretrained(AutoModel, "org/name")
+    for name in ("org/name", "name"):
+        with pytest.raises(CheckpointError, match=f"hf download {name} --local-dir"):
+            from_pretrained(AutoModel, name)
 
 
 def test_a_folder_that_was_cut_for_ranks(saved, tmp_path):

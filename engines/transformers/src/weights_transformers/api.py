@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 
 import weights_core as w
 from weights_core import PluginHost
@@ -73,6 +74,7 @@ def from_pretrained(
     ).model
 
 
+@torch.inference_mode(False)  # what is made in it could never be trained
 def load(
     cls: Any,
     path: Path | str,
@@ -105,6 +107,7 @@ def load(
     return Loaded(engine.model, report)
 
 
+@torch.inference_mode(False)
 def open_engine(
     cls: Any,
     path: Path | str,

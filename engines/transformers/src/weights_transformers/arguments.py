@@ -34,6 +34,7 @@ REFUSED = {
         ),
         _OWN,
     ),
+    "device": "name the device in device_map",
     "subfolder": "give that folder itself as the path",
     "use_safetensors": "safetensors files come first: to read others, give the path of the file or the index",
     "variant": "give the path of the variant's file or index, or a folder where no other weights are",
@@ -128,6 +129,8 @@ def check_class(cls: object) -> None:
                 f"{cls.__name__} is the class of no model: give one of its own, or an Auto class"
             )
         return
+    if isinstance(cls, PreTrainedModel):
+        raise EngineError(f"give the class {type(cls).__name__}, not a model of it")
     name = cls.__name__ if isinstance(cls, type) else repr(cls)
     base = cls.__module__.partition(".")[0] if isinstance(cls, type) else ""
     hint = {
@@ -166,9 +169,9 @@ def one_device(arguments: Mapping[str, Any]) -> str | None:
     """
     given = arguments.get("device_map")
     if isinstance(given, Mapping):
-        if len({str(device) for device in given.values()}) != 1:
+        if len({str(device) for device in given.values()}) > 1:
             raise EngineError("argument 'device_map': several devices are not served; name one")
-        given = next(iter(given.values()))
+        given = next(iter(given.values()), None)
     if given is None:
         return None
     if isinstance(given, int):

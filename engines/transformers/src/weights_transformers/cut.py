@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to say of a folder that was cut for ranks where a whole checkpoint is due."""
+"""What to say of a part of a checkpoint, one file or a folder that was cut, where a whole one is due."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from weights_core import PluginHost
@@ -15,10 +16,11 @@ def find_whole(path: Path, component: str | None, host: PluginHost | None, size:
     """Find the files of a checkpoint, as `find`; `size` is the number of ranks that are to load it.
 
     Raises:
-        CheckpointError: there is none; of a folder that was cut it says for how many ranks, and what to do.
+        CheckpointError: there is none, or one of its files alone is given; of a folder that was cut it says
+            for how many ranks, and what to do.
     """
     try:
-        return find(path, component)
+        found = find(path, component)
     except CheckpointError as exc:
         parts = parts_of(host or PluginHost.discover(), path, component)
         if not parts:
@@ -34,6 +36,10 @@ def find_whole(path: Path, component: str | None, host: PluginHost | None, size:
             f"'ORIGINAL'{plan}); weights_core.load(engine, {str(path)!r}, 'presharded')",
             file=path,
         ) from exc
+    numbered = re.search(r"-of-0*(\d+)$", path.stem)
+    if found.files == (path,) and numbered is not None and numbered[1] != "1":
+        raise CheckpointError(f"is one of {numbered[1]} files: give their folder, or the index", file=path)
+    return found
 
 
 def _ranks(size: int) -> str:

@@ -11,10 +11,11 @@ import attrs
 import torch
 from torch import nn
 
-from weights_core.errors import EngineError
+from weights_core.errors import CoverageError, EngineError
 from weights_core.tensors import slots
 from weights_transformers.alone import ALONE
 from weights_transformers.recipes import Held, Pieces, Recipe, part
+from weights_transformers.straight import shapes, unlike
 from weights_transformers.trace import INITIALISED, Trace
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def blueprint(cls: Any, folder: Path, metas: Mapping[str, TensorMeta], dtype: to
 
     Raises:
         EngineError: diffusers refuses its configuration.
+        CoverageError: the checkpoint's tensors have other shapes than that says.
     """
     try:
         model = _built(cls, folder, dtype)
@@ -38,6 +40,7 @@ def blueprint(cls: Any, folder: Path, metas: Mapping[str, TensorMeta], dtype: to
         model._fix_state_dict_keys_on_load(sources)
     recipes: dict[str, Recipe] = {}
     held: dict[str, str] = {}
+    mismatched: dict[str, str] = {}
     done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old one too, so that its id stays its
     for place, name, key in slots(model):
         old = place[key]
@@ -45,6 +48,8 @@ def blueprint(cls: Any, folder: Path, metas: Mapping[str, TensorMeta], dtype: to
             recipe: Pieces | Held | None = None
             if name in sources:
                 stored = part(metas[sources[name]])
+                if stored.shape != tuple(old.shape):
+                    mismatched[sources[name]] = shapes(stored.shape, old.shape)
                 recipe = attrs.evolve(stored, dtype=_dtype(cls, name, stored.dtype, old.dtype, dtype))
             elif not old.is_meta:
                 recipe, held[name] = Held(old.detach()), INITIALISED
@@ -54,6 +59,11 @@ def blueprint(cls: Any, folder: Path, metas: Mapping[str, TensorMeta], dtype: to
             done[id(old)] = old, blank
             done[id(blank)] = blank, blank  # where modules are shared, it is met again
         place[key] = done[id(old)][1]
+    if mismatched:
+        raise CoverageError(
+            f"the checkpoint in {folder} does not fit its config.json: {unlike(mismatched)}",
+            mismatched=mismatched,
+        )
     return Trace(model, recipes, {}, held)
 
 

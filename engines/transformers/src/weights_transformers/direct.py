@@ -18,6 +18,7 @@ from weights_core.tensors import empty, named_tensors, nbytes
 from weights_core.weightset import Slices, normalise
 from weights_transformers.blocks import Blocks
 from weights_transformers.collectives import Collectives
+from weights_transformers.engine import nothing_fits
 from weights_transformers.ranks import Ranks
 from weights_transformers.straight import Bring
 from weights_transformers.trace import INITIALISED
@@ -77,11 +78,14 @@ class DirectEngine(Engine):
 
         Raises:
             EngineError: Transformers refuses, or leaves a tensor without memory.
+            CoverageError: tensors have other shapes than the model's, or nothing of the set is the model's.
             RanksDisagreeError: another rank has failed.
         """
         reader = _Reader(weights, Blocks(self._block, weights.metas), map_files=self._map_files)
         model, info = self._built(reader, weights.metas)
         weights.release(reader.cut)
+        if weights.metas and not reader.asked:
+            raise nothing_fits(type(model), weights.metas)
         self.model = model
         self._found = {name: _meta(name, tensor) for name, tensor in named_tensors(model).items()}
         kept = {

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
 from torch import nn
 
-from weights_core import Applied, EngineInfo, Layout, TorchEngine, WeightSet, coverage, dtypes
+from weights_core import Applied, EngineInfo, Layout, TensorMeta, TorchEngine, WeightSet, coverage, dtypes
 from weights_core.errors import CoverageError
 from weights_core.tensors import slots
 from weights_transformers.alone import ALONE
@@ -75,9 +75,12 @@ class TransformersEngine(TorchEngine):
         """Read each tensor straight to where it belongs, or make it of those it needs.
 
         Raises:
-            CoverageError: the set is not of the checkpoint that the model was traced with.
+            CoverageError: the set is not of the checkpoint that the model was traced with, or nothing of it
+                is the model's.
         """
         sources, metas = self._trace.sources, weights.metas
+        if metas and not sources:
+            raise nothing_fits(type(self.model), metas)
         missing = sorted(sources.keys() - metas.keys())
         if missing:
             raise CoverageError(f"missing {coverage.listed(missing)}", missing=missing)
@@ -126,6 +129,16 @@ class TransformersEngine(TorchEngine):
         if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in pairs):
             with ALONE:
                 model.tie_weights(missing_keys=set(self._trace.held), recompute_mapping=False)  # type: ignore[operator]
+
+
+def nothing_fits(cls: type, metas: Mapping[str, TensorMeta]) -> CoverageError:
+    """Return the error of a checkpoint of which a model takes nothing: all of it would be made up."""
+    names = list(metas)
+    return CoverageError(
+        f"{cls.__name__} takes nothing of the checkpoint, which has {coverage.listed(names)}: "
+        "is it of another class?",
+        unexpected=names,
+    )
 
 
 def _trained(trace: Trace) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import attrs
 import torch
 
 import weights_core as w
-from weights_core import PluginHost
+from weights_core import PluginHost, dtypes
 from weights_core.checkpoint import CheckpointFiles
+from weights_core.errors import WeightsError
 from weights_core.shards import open_shards
 from weights_transformers import arguments as given
 from weights_transformers.alone import ALONE, in_one_thread
@@ -85,6 +87,7 @@ class Opening:
 
         Raises:
             EngineError: Transformers refuses.
+            CoverageError: tensors of the checkpoint have other shapes than the model's.
             CheckpointError: a file is malformed.
         """
         opened, metas = self.opened, self.opened.metas
@@ -142,6 +145,8 @@ class Opening:
             )
         except Exception as exc:  # Transformers may raise anything
             torch.set_rng_state(state)
+            if isinstance(exc, WeightsError):
+                raise
             raise refused(opened.cls, exc) from exc
         self._finish(model)
         return model, info
@@ -197,7 +202,7 @@ def _opened(cls: Any, found: CheckpointFiles, model_config: Any, arguments: Mapp
     settings, left = given.configuration(cls, found.root, model_config, arguments)
     trusted = bool(arguments.get("trust_remote_code"))
     cls, settings = given.model_class(cls, settings, found.root, trusted=trusted)
-    return Opened(
+    opened = Opened(
         found=found,
         cls=cls,
         settings=settings,
@@ -205,6 +210,29 @@ def _opened(cls: Any, found: CheckpointFiles, model_config: Any, arguments: Mapp
         quantization=given.quantization_of(settings, left),
         block=given.block_size(settings, left),
     )
+    asked = left.get("torch_dtype") if left.get("dtype") is None else left["dtype"]
+    if asked in (None, "auto") and getattr(settings, "dtype", None) is None:
+        left["dtype"] = dtype_of_weights(found, opened.metas)
+    return opened
+
+
+def dtype_of_weights(found: CheckpointFiles, metas: Mapping[str, w.TensorMeta]) -> torch.dtype:
+    """Return the dtype that Transformers gives a model whose configuration says none.
+
+    The index says it, else it is that of the first tensor of floating-point numbers in the first file, by
+    name where the file is of safetensors. Of a state dict Transformers would take the first.
+    """
+    index = {} if found.index is None else json.loads(found.index.read_bytes())
+    said = index["metadata"].get("dtype") if isinstance(index.get("metadata"), dict) else None
+    named = getattr(torch, said, None) if isinstance(said, str) else None
+    if isinstance(named, torch.dtype):
+        return named
+    first = [meta for meta in metas.values() if meta.file == found.files[0]]
+    if found.kind == "safetensors":
+        first.sort(key=lambda meta: meta.name)
+    held = [dtypes.to_torch(meta.dtype) for meta in first]
+    floating = [one for one in held if one.is_floating_point and one.itemsize > 1]
+    return (floating or held or [torch.float32])[0]
 
 
 def headers(found: CheckpointFiles) -> dict[str, w.TensorMeta]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
+import torch
 
 import weights_core as w
-from weights_core.checkpoint import components, find
+from weights_core.checkpoint import PIPELINE_INDEX, components, find, must_exist
 from weights_core.config import Settings
 from weights_core.errors import CheckpointError, EngineError
 from weights_transformers import arguments as given
@@ -21,8 +22,6 @@ from weights_transformers.api import check_settings, open_engine
 from weights_transformers.opening import headers
 
 if TYPE_CHECKING:
-    import torch
-
     from weights_core import PluginHost
 
 log = logging.getLogger("weights.transformers")
@@ -41,6 +40,7 @@ def pipeline_from_pretrained(cls: Any, path: Path | str, **kwargs: Any) -> Any:
     return load_pipeline(cls, path, **kwargs).pipeline
 
 
+@torch.inference_mode(False)  # as `load`
 def load_pipeline(
     cls: Any,
     path: Path | str,
@@ -87,9 +87,12 @@ def load_pipeline(
     folder = Path(path)
     if not (isinstance(cls, type) and hasattr(cls, "load_config") and hasattr(cls, "components")):
         raise EngineError(f"{getattr(cls, '__name__', cls)} is no pipeline class of diffusers")
+    must_exist(folder)
     have = components(folder)
     if not have:
-        raise CheckpointError("is no pipeline: it has no component with weights", file=folder)
+        raise CheckpointError(
+            f"is no pipeline: it has no {PIPELINE_INDEX} that names a folder with weights", file=folder
+        )
     cls = _concrete(cls, folder)
     engines: dict[str, w.Engine] = {}
     for name, kind in _classes(cls, folder).items():
@@ -155,7 +158,7 @@ def _classes(cls: Any, folder: Path) -> dict[str, Any]:
     for name, entry in cls.load_config(folder).items():
         if name.startswith("_") or not isinstance(entry, list | tuple) or len(entry) != 2 or not all(entry):
             continue
-        library, kind = entry
+        library, kind = map(str, entry)
         if library in ("diffusers", "transformers"):
             found[name] = getattr(importlib.import_module(library), kind, None)
         else:
@@ -180,7 +183,11 @@ def _engine(
         return None
     root = find(folder, name).root
     model: Any = kind
-    if model.load_config(root, local_files_only=True).get("quantization_config") is not None:
+    try:
+        settings = model.load_config(root, local_files_only=True)
+    except Exception as exc:  # diffusers may raise anything
+        raise EngineError(f"component {name!r}: diffusers cannot read {root}/config.json: {exc}") from exc
+    if settings.get("quantization_config") is not None:
         log.warning("component %s is quantised: diffusers loads it by itself", name)
         return None
     from weights_transformers.diffusion import blueprint
@@ -203,8 +210,6 @@ def _checked(given: Any) -> Any:
     Raises:
         EngineError: it is neither.
     """
-    import torch
-
     for one in given.values() if isinstance(given, Mapping) else (given,):
         if one is not None and not isinstance(one, torch.dtype):
             raise EngineError(f"dtype is to be a torch.dtype, or one by component's name, not {one!r}")
@@ -214,7 +219,5 @@ def _checked(given: Any) -> Any:
 def _dtype_of(given: Any, name: str) -> torch.dtype | None:
     if not isinstance(given, Mapping):
         return given  # type: ignore[no-any-return]
-    import torch
-
     found: torch.dtype = given.get(name, given.get("default", torch.float32))
     return found

@@ -66,7 +66,8 @@ def stored_as_needed(cls: Any, settings: Any, arguments: Mapping[str, Any]) -> s
     and Transformers has no operation for it beyond other names. It is a guess about the files: what
     turns out to be stored otherwise is read and converted.
     """
-    if cls.__name__ not in (getattr(settings, "architectures", None) or ()) or settings.sub_configs:
+    classes = getattr(settings, "architectures", None)
+    if not isinstance(classes, list) or cls.__name__ not in classes or settings.sub_configs:
         return None
     stored = getattr(settings, "dtype", None)
     wanted = arguments.get("dtype")
@@ -74,7 +75,7 @@ def stored_as_needed(cls: Any, settings: Any, arguments: Mapping[str, Any]) -> s
     named = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     if not isinstance(stored, torch.dtype) or (wanted not in (None, "auto") and named != stored):
         return None
-    if any(_converts(name) for name in (cls.__name__, settings.model_type)):
+    if not stored.is_floating_point or any(_converts(name) for name in (cls.__name__, settings.model_type)):
         return None
     return dtypes.from_torch(stored)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from weights_core import coverage
+from weights_core.errors import CoverageError
 from weights_transformers.arguments import is_tested
 
 Bring: TypeAlias = Callable[[Collection[str]], Iterator[tuple[str, torch.Tensor]]]
@@ -36,6 +38,9 @@ def straight(cls: Any, values: Mapping[str, Any], bring: Bring) -> Iterator[None
     While the block lasts, `cls` has a method of ours for the step that follows when the model is made. It
     gives what is left of `values`, and the state dicts of others, to Transformers' own. Does nothing where
     that is not possible. To be used by one thread at a time.
+
+    Raises:
+        CoverageError: out of `from_pretrained`: tensors have other shapes than the model's.
     """
     if not is_possible(cls):
         yield
@@ -52,6 +57,8 @@ def straight(cls: Any, values: Mapping[str, Any], bring: Bring) -> Iterator[None
         with contextlib.nullcontext() if rest else _without_bar():
             info, offloaded = theirs(model, rest, files, how)
         info.missing_keys.difference_update(fitting.values())
+        if not how.ignore_mismatched_sizes:
+            _check_sizes(info)
         return info, offloaded
 
     cls._load_pretrained_model = staticmethod(load)
@@ -59,6 +66,32 @@ def straight(cls: Any, values: Mapping[str, Any], bring: Bring) -> Iterator[None
         yield
     finally:
         del cls._load_pretrained_model
+
+
+def _check_sizes(info: Any) -> None:
+    """Refuse what Transformers is about to refuse, which tells which tensors in its log alone.
+
+    Raises:
+        CoverageError: tensors of the checkpoint have other shapes than the model's.
+    """
+    found = {name: shapes(stored, due) for name, stored, due in sorted(info.mismatched_keys)}
+    if found:
+        raise CoverageError(
+            f"the checkpoint does not fit the model's configuration: {unlike(found)}; "
+            "ignore_mismatched_sizes=True makes new ones instead",
+            mismatched=found,
+        )
+
+
+def shapes(stored: Sequence[int], due: Sequence[int]) -> str:
+    """Return how a tensor of a checkpoint differs from the model's."""
+    return f"is {list(stored)}, need {list(due)}"
+
+
+def unlike(mismatched: Mapping[str, str]) -> str:
+    """Return the first names of tensors that do not fit, each with what differs."""
+    shown = [f"{name} {why}" for name, why in list(mismatched.items())[: coverage.SHOWN]]
+    return ", ".join(shown) + (", …" if len(mismatched) > coverage.SHOWN else "")
 
 
 def _fitting(model: Any, values: Mapping[str, Any], how: Any) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from weights_core import coverage
-from weights_core.errors import EngineError
+from weights_core.errors import EngineError, WeightsError
 from weights_core.tensors import slots
 from weights_transformers.alone import in_one_thread
 from weights_transformers.recipes import Held, Recipe, leaves
@@ -93,6 +93,7 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
 
     Raises:
         UntraceableError: it does more than can be traced; nothing has changed.
+        CoverageError: tensors of the checkpoint have other shapes than the model's.
         EngineError: Transformers refuses.
     """
     tracer = Tracer()
@@ -117,7 +118,7 @@ def trace(cls: Any, config: Any, metas: Mapping[str, TensorMeta], arguments: Map
         torch.set_rng_state(state)
         if tracer.lost is not None:
             raise UntraceableError(tracer.lost.brief) from exc
-        if isinstance(exc, EngineError):
+        if isinstance(exc, WeightsError):
             raise
         raise refused(cls, exc) from exc
 

@@ -81,9 +81,10 @@ class GmsPlugin(ProviderPlugin[GmsConfig]):
         if layout is None:
             shares = ", ".join(sorted(one.value for one in info.shareable)) or "nothing"
             accepts = ", ".join(sorted(one.value for one in info.accepts))
-            return FormatClaim.refuse(
-                f"engine {info.name} shares {shares} and accepts {accepts}: no layout is both"
-            )
+            refusal = f"engine {info.name} shares {shares} and accepts {accepts}: no layout is both"
+            if info.quantization is not None:
+                refusal += f"; a model quantised by {info.quantization} is each engine's own"
+            return FormatClaim.refuse(refusal)
         reason = f"one copy of the {layout.value} weights per node, mode {self.config.mode}"
         layouts = {layout, Layout.CHECKPOINT}
         if NAME not in request.format or info.mutates_after_load:  # the core says why not
