@@ -83,7 +83,7 @@ def main() -> None:
         print(f"{size / 2**30:.2f} GiB in {len(list(path.glob('*.safetensors')))} files, to {given.device}")
         time.sleep(0.2)  # a digest is kept of files that have settled
         print(f"digest, kept for gms: {content_digest(find(path)).seconds:.2f} s")
-        held = touched(free() - 3 * size - 3 * 2**30) if given.touch else None
+        held = touched(free() - 2 * size - 2 * 2**30) if given.touch else None
         ways = [way for way in WAYS if way in given.ways.split(",")]
         found: dict[tuple[str, str], list[dict[str, float]]] = {}
         for cache in ("warm",) if given.warm_only else ("cold", "warm"):

@@ -666,7 +666,15 @@ def test_an_error_in_the_consumer_joins_the_threads(tmp_path, kind, how):
         assert threads() == before
 
 
-def test_ctrl_c_while_waiting_for_a_tensor_joins_the_threads(tmp_path, at_read):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard also where tests run in the background of a shell, which has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_waiting_for_a_tensor_joins_the_threads(tmp_path, at_read, interruptible):
     assert threading.current_thread() is threading.main_thread()
     folder = write_checkpoint(tmp_path, kilobytes(40), shards=4)
     reads = itertools.count()
