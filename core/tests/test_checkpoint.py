@@ -258,8 +258,11 @@ def test_an_overlong_path(tmp_path):
 
 def test_a_hub_id_says_how_to_download_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"'org/model' is not here.*hf download org/model --local-dir"):
-        find(Path("org/model"))
+    for name in ("org/model-1.5", "model"):
+        with pytest.raises(CheckpointError, match=f"'{name}' is not here.*hf download {name} --local-dir"):
+            find(Path(name))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file or folder"):
+        find(Path("model.safetensors"))
 
 
 # The index --------------------------------------------------------------------------------------

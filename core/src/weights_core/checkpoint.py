@@ -31,7 +31,7 @@ _VARIANT = re.compile(  # a stem, a variant, a shard's number before or behind t
     rf"(?P<stem>{'|'.join(_STEMS)})(-\d+-of-\d+)?(\.(?P<variant>[A-Za-z]\w*))?(-\d+-of-\d+)?"
 )
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)$")
-_HUB_ID = re.compile(r"(https?:/+[\w.-]+/|hf:/+)?(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(/tree/[^/]+)?/?")
+_HUB_ID = re.compile(r"(https?:/+[\w.-]+/|hf:/+)?(?P<id>[\w-][\w.-]*/[\w.-]+|[\w-]+)(/tree/[^/]+)?/?")
 
 
 @attrs.frozen(kw_only=True)
