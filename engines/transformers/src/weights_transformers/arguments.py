@@ -181,6 +181,12 @@ def one_device(arguments: Mapping[str, Any]) -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if str(given) == "cuda" else str(given)
 
 
+def asked_dtype(arguments: Mapping[str, Any]) -> Any:
+    """Return what is asked for as `dtype`, or by its older name; None if nothing is."""
+    dtype = arguments.get("dtype")
+    return arguments.get("torch_dtype") if dtype is None else dtype
+
+
 def configuration(
     cls: Any, folder: Path, given: object, arguments: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:

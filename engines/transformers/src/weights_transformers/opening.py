@@ -210,8 +210,7 @@ def _opened(cls: Any, found: CheckpointFiles, model_config: Any, arguments: Mapp
         quantization=given.quantization_of(settings, left),
         block=given.block_size(settings, left),
     )
-    asked = left.get("torch_dtype") if left.get("dtype") is None else left["dtype"]
-    if asked in (None, "auto") and getattr(settings, "dtype", None) is None:
+    if given.asked_dtype(left) in (None, "auto") and getattr(settings, "dtype", None) is None:
         left["dtype"] = dtype_of_weights(found, opened.metas)
     return opened
 

@@ -10,6 +10,7 @@ import torch
 
 from weights_core import Applied, Engine, EngineInfo, Layout, Plan, TensorMeta, WeightSet, dtypes
 from weights_core.errors import EngineError
+from weights_transformers.arguments import asked_dtype
 
 if TYPE_CHECKING:
     from weights_transformers.direct import DirectEngine
@@ -70,8 +71,7 @@ def stored_as_needed(cls: Any, settings: Any, arguments: Mapping[str, Any]) -> s
     if not isinstance(classes, list) or cls.__name__ not in classes or settings.sub_configs:
         return None
     stored = getattr(settings, "dtype", None)
-    wanted = arguments.get("dtype")
-    wanted = arguments.get("torch_dtype") if wanted is None else wanted
+    wanted = asked_dtype(arguments)
     named = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     if not isinstance(stored, torch.dtype) or (wanted not in (None, "auto") and named != stored):
         return None
