@@ -50,3 +50,14 @@ def listed(names: Sequence[str]) -> str:
     """Return how many names there are, and the first of them."""
     shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     return f"{len(names)} tensor{'s' * (len(names) != 1)}: {shown}"
+
+
+def unlike(stored: Sequence[int], due: Sequence[int]) -> str:
+    """Return how the shape of a tensor differs from the one that is due."""
+    return f"is {list(stored)}, need {list(due)}"
+
+
+def described(mismatched: Mapping[str, str]) -> str:
+    """Return the first names of tensors that do not fit, each with what differs."""
+    shown = [f"{name} {why}" for name, why in list(mismatched.items())[:SHOWN]]
+    return ", ".join(shown) + (", …" if len(mismatched) > SHOWN else "")

@@ -11,11 +11,11 @@ import attrs
 import torch
 from torch import nn
 
+from weights_core import coverage
 from weights_core.errors import CoverageError, EngineError
 from weights_core.tensors import slots
 from weights_transformers.alone import ALONE
 from weights_transformers.recipes import Held, Pieces, Recipe, part
-from weights_transformers.straight import shapes, unlike
 from weights_transformers.trace import INITIALISED, Trace
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def blueprint(cls: Any, folder: Path, metas: Mapping[str, TensorMeta], dtype: to
             if name in sources:
                 stored = part(metas[sources[name]])
                 if stored.shape != tuple(old.shape):
-                    mismatched[sources[name]] = shapes(stored.shape, old.shape)
+                    mismatched[sources[name]] = coverage.unlike(stored.shape, old.shape)
                 recipe = attrs.evolve(stored, dtype=_dtype(cls, name, stored.dtype, old.dtype, dtype))
             elif not old.is_meta:
                 recipe, held[name] = Held(old.detach()), INITIALISED
@@ -61,7 +61,7 @@ def blueprint(cls: Any, folder: Path, metas: Mapping[str, TensorMeta], dtype: to
         place[key] = done[id(old)][1]
     if mismatched:
         raise CoverageError(
-            f"the checkpoint in {folder} does not fit its config.json: {unlike(mismatched)}",
+            f"the checkpoint in {folder} does not fit its config.json: {coverage.described(mismatched)}",
             mismatched=mismatched,
         )
     return Trace(model, recipes, {}, held)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -74,24 +74,13 @@ def _check_sizes(info: Any) -> None:
     Raises:
         CoverageError: tensors of the checkpoint have other shapes than the model's.
     """
-    found = {name: shapes(stored, due) for name, stored, due in sorted(info.mismatched_keys)}
+    found = {name: coverage.unlike(stored, due) for name, stored, due in sorted(info.mismatched_keys)}
     if found:
         raise CoverageError(
-            f"the checkpoint does not fit the model's configuration: {unlike(found)}; "
+            f"the checkpoint does not fit the model's configuration: {coverage.described(found)}; "
             "ignore_mismatched_sizes=True makes new ones instead",
             mismatched=found,
         )
-
-
-def shapes(stored: Sequence[int], due: Sequence[int]) -> str:
-    """Return how a tensor of a checkpoint differs from the model's."""
-    return f"is {list(stored)}, need {list(due)}"
-
-
-def unlike(mismatched: Mapping[str, str]) -> str:
-    """Return the first names of tensors that do not fit, each with what differs."""
-    shown = [f"{name} {why}" for name, why in list(mismatched.items())[: coverage.SHOWN]]
-    return ", ".join(shown) + (", …" if len(mismatched) > coverage.SHOWN else "")
 
 
 def _fitting(model: Any, values: Mapping[str, Any], how: Any) -> dict[str, str]:
